@@ -1,0 +1,1 @@
+"""kvist: LLM inference with the KV cache at its centre."""

@@ -1,0 +1,124 @@
+"""The tensors of one step: packed ids, positions, and host copies of the lengths.
+
+Packed means that the new tokens of all sequences stand one behind the other, without padding. A
+batch stands with the cache because views and kernels read it; the runner and the loop make it with
+`Batch.pack`. Lengths are plain ints, so that nothing in a step has to ask the device for them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvist.errors import CacheError
+
+LogitRows = Literal["last", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. N new tokens of B sequences, packed in the sequences' order.
+
+    Args:
+        token_ids: `[N]` int64.
+        positions: `[N]` int64, each token's place in its own sequence; masks use these alone.
+        query_lens: new tokens of each sequence; 0 is a sequence that waits.
+        kv_lens: what each sequence may look at once this step is written, new tokens included.
+        logit_rows: `[R]` int64, the rows of `[N]` whose logits the caller wants.
+        slots: the storage row of each sequence (dense layouts: `0 .. B-1`).
+        embeddings: `[N, hidden]` instead of the ids' own embeddings (images, soft prompts).
+        rope_positions: `[N]` or `[axes, N]` where rotation does not follow `positions`.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    logit_rows: Tensor
+    slots: tuple[int, ...]
+    embeddings: Tensor | None = None
+    rope_positions: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        cached: Sequence[int],
+        *,
+        device: str | torch.device = "cpu",
+        logits: LogitRows = "last",
+        slots: Sequence[int] | None = None,
+    ) -> "Batch":
+        """Pack each sequence's new tokens behind what it has cached.
+
+        Args:
+            tokens: the new tokens of each sequence.
+            cached: tokens that each sequence already has in the cache.
+            device: where the tensors are made.
+            logits: each sequence's last row, all rows, or none.
+            slots: storage rows; `0 .. B-1` unless given.
+        """
+        query_lens = tuple(len(t) for t in tokens)
+        # New tokens of sequence b take the positions [cached[b], cached[b] + query_lens[b]).
+        positions = [p for c, n in zip(cached, query_lens, strict=True) for p in range(c, c + n)]
+        ends = list(accumulate(query_lens))
+        if logits == "last":
+            rows = [end - 1 for end, n in zip(ends, query_lens, strict=True) if n]
+        else:
+            rows = list(range(len(positions))) if logits == "all" else []
+        flat = [token for sequence in tokens for token in sequence]
+        return cls(
+            token_ids=torch.tensor(flat, dtype=torch.long, device=device),
+            positions=torch.tensor(positions, dtype=torch.long, device=device),
+            query_lens=query_lens,
+            kv_lens=tuple(c + n for c, n in zip(cached, query_lens, strict=True)),
+            logit_rows=torch.tensor(rows, dtype=torch.long, device=device),
+            slots=tuple(range(len(query_lens)) if slots is None else slots),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.query_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return sum(self.query_lens)
+
+    @cached_property
+    def cached_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence that were in the cache before this step."""
+        return tuple(kv - n for kv, n in zip(self.kv_lens, self.query_lens, strict=True))
+
+    @cached_property
+    def query_spans(self) -> tuple[tuple[int, int], ...]:
+        """`[start, end)` of each sequence's rows in the packed tensors."""
+        return tuple(pairwise(accumulate(self.query_lens, initial=0)))
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all sequences have equal query and key lengths."""
+        return len(set(self.query_lens)) <= 1 and len(set(self.kv_lens)) <= 1
+
+    @cached_property
+    def sequence_index(self) -> Tensor:
+        """`[N]` int64, which sequence each packed row belongs to."""
+        lens = torch.tensor(self.query_lens, device=self.positions.device)
+        return torch.repeat_interleave(
+            torch.arange(len(self.query_lens), device=lens.device),
+            lens,
+            output_size=sum(self.query_lens),
+        )
+
+    def check_cached(self, lengths: Sequence[int]) -> None:
+        """Raise unless this batch goes on exactly where a cache of these lengths ends."""
+        if tuple(lengths) != self.cached_lens:
+            raise CacheError(
+                f"the batch goes on at lengths {list(self.cached_lens)}, but the cache holds "
+                f"{list(lengths)} tokens"
+            )

@@ -1,0 +1,410 @@
+"""Dense layouts: one tensor `[rows, kv_heads, capacity, ...]` for each plane of each layer.
+
+`DynamicCache` grows geometrically as sequences do; `StaticCache` takes all its room at once and
+never moves. Position p of sequence b lies at place p of row b. Which queries may see it is the
+mask's business, what the planes mean the codec's.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvist.cache.batch import Batch
+from kvist.cache.protocol import KV, SIDES, Codec, Side, State
+from kvist.core.retention import KeepAll, Retention
+from kvist.core.spec import AttentionSpec, LayerSpec
+from kvist.errors import CacheError, CacheFull, UnknownLayer
+
+Layer = dict[Side, dict[str, Tensor]]
+
+
+class DenseCache:
+    """What the dense layouts have in common; a layout says how capacity grows.
+
+    Invariant: at rest, every place that holds no token is zero. So padding can be read without
+    selecting, and what an aborted step or a cropped turn left behind can never leak.
+    """
+
+    max_chunk: int | None = None
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        codec: Codec,
+        *,
+        rows: int = 1,
+        retention: Retention | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+            specs: one for each layer, as the model gives them (`model.specs`).
+            codec: how tokens are written.
+            rows: sequences that it holds.
+            retention: which tokens stay; all by default.
+            device: where the planes lie.
+
+        Raises:
+            CacheError: a layer is recurrent, or there are no rows.
+        """
+        if rows < 1:
+            raise CacheError(f"a cache needs at least one row, not {rows}")
+        self.codec = codec
+        self.retention = retention or KeepAll()
+        self.device = torch.device(device)
+        self.specs = tuple(self._attention_spec(spec) for spec in specs)
+        # Allocated: `_rows` x `capacity` places; `_lengths` may be ahead of it by a reorder.
+        self._rows = rows
+        self.capacity = 0
+        self._lengths = [0] * rows
+        self._layers: list[Layer] = []
+        # A layer may be filled late: its row b holds the positions [first[b], last[b]).
+        self._first = [[0] * rows for _ in self.specs]
+        self._last = [[0] * rows for _ in self.specs]
+        # Rows that `reorder` promised and the next `bind` copies: row i is a copy of source[i].
+        self._sources: list[int] | None = None
+        # Places of each row that an uncommitted step may have written: [length, dirty).
+        self._dirty = [0] * rows
+
+    def _attention_spec(self, spec: LayerSpec) -> AttentionSpec:
+        if not isinstance(spec, AttentionSpec):
+            raise CacheError(f"{type(self).__name__} holds attention layers only, not {spec}")
+        return self.retention.apply(spec)
+
+    # The life of a step: bind, update for each layer, commit.
+
+    def bind(self, batch: Batch, *, backend: str | None = None) -> "DenseBinding":
+        """Reserve room for the batch; see `Cache.bind`."""
+        if batch.slots != tuple(range(len(self._lengths))):
+            raise CacheError(
+                f"the batch has the slots {list(batch.slots)}, but this cache's rows are "
+                f"0..{len(self._lengths) - 1}, in order; use reorder() to drop or repeat rows"
+            )
+        batch.check_cached(self._lengths)
+        capacity = self._capacity_for(max(batch.kv_lens, default=0))
+        self._settle(capacity)
+        for row, kv_len in enumerate(batch.kv_lens):
+            self._dirty[row] = kv_len
+        return DenseBinding(self, batch, backend)
+
+    def commit(self, batch: Batch) -> None:
+        """Advance the lengths; see `Cache.commit`."""
+        batch.check_cached(self._lengths)
+        self._lengths = list(batch.kv_lens)
+
+    def _capacity_for(self, length: int) -> int:
+        """The capacity that a step up to `length` tokens needs; raises CacheFull."""
+        raise NotImplementedError
+
+    def _settle(self, capacity: int) -> None:
+        """Clear what an aborted step left, carry out a pending reorder, grow to `capacity`."""
+        self._clear(self._lengths)
+        rows, sources = len(self._lengths), self._sources
+        if not self._layers:
+            self._layers = [self._allocate(spec, rows, capacity) for spec in self.specs]
+        elif sources is not None or capacity > self.capacity:
+            kept = max(self._lengths, default=0)
+            index = None if sources is None else torch.tensor(sources, device=self.device)
+            # Beams permute rows at every step: where nothing changes size, addresses stay.
+            in_place = capacity == self.capacity and rows == self._rows
+            for i, spec in enumerate(self.specs):
+                old = self._layers[i]
+                new = old if in_place else self._allocate(spec, rows, capacity)
+                for side in SIDES:
+                    for name, plane in old[side].items():
+                        held = plane[:, :, :kept]
+                        new[side][name][:, :, :kept] = held if index is None else held[index]
+                self._layers[i] = new
+        self._sources = None
+        self._rows, self.capacity = rows, capacity
+
+    def _allocate(self, spec: AttentionSpec, rows: int, capacity: int) -> Layer:
+        return {
+            side: {
+                name: torch.zeros(
+                    (rows, shape[0], capacity, *shape[1:]), dtype=dtype, device=self.device
+                )
+                for name, (shape, dtype) in self.codec.planes(spec, side).items()
+            }
+            for side in SIDES
+        }
+
+    def _clear(self, lengths: Sequence[int]) -> None:
+        """Zero the places `[lengths[row], dirty[row])` of each row."""
+        for row, (length, dirty) in enumerate(zip(lengths, self._dirty, strict=True)):
+            if dirty > length:
+                for layer in self._layers:
+                    for side in SIDES:
+                        for plane in layer[side].values():
+                            plane[row, :, length:dirty].zero_()
+                for i in range(len(self.specs)):
+                    self._last[i][row] = min(self._last[i][row], length)
+                    self._first[i][row] = min(self._first[i][row], self._last[i][row])
+            self._dirty[row] = length
+
+    # Going back, forking, forgetting.
+
+    def crop(self, length: int) -> None:
+        """Keep at most the first `length` tokens of each sequence; negative drops from the end."""
+        self._materialise()
+        self._clear(self._lengths)
+        if length < 0:
+            length = max(max(self._lengths, default=0) + length, 0)
+        self._dirty = list(self._lengths)
+        self._lengths = [min(n, length) for n in self._lengths]
+        self._clear(self._lengths)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Make sequence i what sequence `rows[i]` was; nothing is copied before the next step."""
+        count = len(self._lengths)
+        if not rows or any(not 0 <= r < count for r in rows):
+            raise CacheError(
+                f"reorder takes rows in 0..{count - 1}, at least one, not {list(rows)}"
+            )
+        self._clear(self._lengths)
+        before = self._sources if self._sources is not None else list(range(count))
+        self._sources = [before[r] for r in rows]
+        self._lengths = [self._lengths[r] for r in rows]
+        self._dirty = list(self._lengths)
+        for bounds in (self._first, self._last):
+            bounds[:] = [[layer[r] for r in rows] for layer in bounds]
+
+    def reset(self) -> None:
+        """Forget all tokens; memory is kept."""
+        self.crop(0)
+
+    def _materialise(self) -> None:
+        if self._sources is not None:
+            self._settle(self.capacity)
+
+    # Looking in.
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Committed tokens of each sequence."""
+        return tuple(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes, used or free."""
+        return sum(
+            plane.nbytes
+            for layer in self._layers
+            for side in SIDES
+            for plane in layer[side].values()
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest sequence that this layer holds."""
+        self._check_layer(layer_idx)
+        bounds = zip(self._first[layer_idx], self._last[layer_idx], self._lengths, strict=True)
+        return max((min(last, n) - min(first, n) for first, last, n in bounds), default=0)
+
+    def __len__(self) -> int:
+        """How many layers it has."""
+        return len(self.specs)
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """A layer's decoded keys and values, `[rows, kv_heads, length, head_dim]`.
+
+        Shorter sequences are padded with zeros at the end.
+        """
+        self._check_layer(layer_idx)
+        if not self._layers:
+            spec = self.specs[layer_idx]
+            empty = torch.zeros(len(self._lengths), spec.num_kv_heads, 0, spec.head_dim)
+            return empty, empty.clone()
+        self._materialise()
+        self._clear(self._lengths)
+        batch = Batch.pack([[] for _ in self._lengths], self._lengths, device=self.device)
+        keys, values, _ = DenseKV(DenseBinding(self, batch, None), layer_idx).dense()
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values."""
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        """Layers, lengths, bytes."""
+        return (
+            f"{type(self).__name__}(layers={len(self)}, codec={self.codec.name!r}, "
+            f"retention={self.retention.name!r}, lengths={self._lengths}, nbytes={self.nbytes:,})"
+        )
+
+    def _check_layer(self, layer_idx: int) -> None:
+        if not 0 <= layer_idx < len(self.specs):
+            raise UnknownLayer(
+                f"layer {layer_idx} is not one of this cache's {len(self.specs)} layers"
+            )
+
+
+class DynamicCache(DenseCache):
+    """Grows geometrically: an append costs a constant amortised, never a copy for every token."""
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        codec: Codec,
+        *,
+        rows: int = 1,
+        retention: Retention | None = None,
+        device: str | torch.device = "cpu",
+        initial: int = 64,
+    ) -> None:
+        """See `DenseCache`; `initial` is the capacity of the first allocation."""
+        super().__init__(specs, codec, rows=rows, retention=retention, device=device)
+        self._initial = initial
+
+    def _capacity_for(self, length: int) -> int:
+        if length <= self.capacity:
+            return self.capacity
+        return max(length + length // 2, self._initial)
+
+
+class StaticCache(DenseCache):
+    """Takes `max_length` places for each row at once; addresses never change."""
+
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        codec: Codec,
+        *,
+        max_length: int,
+        rows: int = 1,
+        retention: Retention | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """See `DenseCache`; `max_length` is the capacity of a row in tokens."""
+        super().__init__(specs, codec, rows=rows, retention=retention, device=device)
+        self.max_length = max_length
+        self._settle(max_length)
+
+    def _capacity_for(self, length: int) -> int:
+        if length > self.max_length:
+            raise CacheFull(
+                f"this step needs {length} tokens in a row, but the static cache has room for "
+                f"{self.max_length}; make it with a larger max_length"
+            )
+        return self.max_length
+
+
+class DenseBinding:
+    """A dense cache bound to one step: the `KVCache` that a model sees."""
+
+    def __init__(self, cache: DenseCache, batch: Batch, backend: str | None) -> None:
+        """Made by `DenseCache.bind` alone."""
+        self.cache = cache
+        self.batch = batch
+        self.backend = backend
+        self.memo: dict[Any, Any] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> KV:
+        """Write this step's keys and values; see `KVCache.update`."""
+        cache = self.cache
+        cache._check_layer(layer_idx)
+        self._extend(layer_idx)
+        layer = cache._layers[layer_idx]
+        for side, x in (("key", key_states), ("value", value_states)):
+            encoded = cache.codec.encode(x, side, layer_idx)  # type: ignore[arg-type]
+            for name, tokens in encoded.items():
+                self._write(layer[side][name], tokens)  # type: ignore[index]
+        return DenseKV(self, layer_idx)
+
+    def state(self, layer_idx: int) -> State:
+        """Dense layouts hold no recurrent layers."""
+        raise UnknownLayer(f"layer {layer_idx} is an attention layer and has no recurrent state")
+
+    def _extend(self, layer_idx: int) -> None:
+        """Note that the layer now holds this step's positions too."""
+        first, last = self.cache._first[layer_idx], self.cache._last[layer_idx]
+        for row, (cached, end) in enumerate(
+            zip(self.batch.cached_lens, self.batch.kv_lens, strict=True)
+        ):
+            if first[row] == last[row]:
+                first[row] = cached
+            elif last[row] not in (cached, end):
+                raise CacheError(
+                    f"layer {layer_idx} holds sequence {row} up to token {last[row]} and cannot go "
+                    f"on at {cached}: it missed a step"
+                )
+            last[row] = end
+
+    def _write(self, plane: Tensor, tokens: Tensor) -> None:
+        """Put `tokens` `[N, kv_heads, ...]` at this step's positions of `plane`."""
+        batch = self.batch
+        if batch.uniform:
+            # All rows write the same places [start, end): one strided copy.
+            start, end = batch.cached_lens[0], batch.kv_lens[0]
+            shaped = tokens.unflatten(0, (len(batch.slots), end - start))
+            plane[:, :, start:end] = shaped.transpose(1, 2)
+        else:
+            plane[batch.sequence_index, :, batch.positions] = tokens.to(plane.dtype)
+
+
+class DenseKV:
+    """One layer of a dense cache, readable by attention."""
+
+    __slots__ = ("_binding", "_layer_idx", "backend", "batch", "memo", "spec")
+
+    def __init__(self, binding: DenseBinding, layer_idx: int) -> None:
+        """Made by `DenseBinding.update` alone."""
+        self._binding = binding
+        self._layer_idx = layer_idx
+        self.batch = binding.batch
+        self.backend = binding.backend
+        self.spec = binding.cache.specs[layer_idx]
+        self.memo = binding.memo
+
+    @property
+    def in_order(self) -> bool:
+        """Whether every sequence's key i has position i; only a layer filled late has not."""
+        return not any(self._binding.cache._first[self._layer_idx])
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All sequences, padded at the end; see `KV.dense`."""
+        longest = max(self.batch.kv_lens, default=0)
+        keys, values = (self._decode(side, slice(None), longest) for side in SIDES)
+        positions = self._positions(longest)
+        complete = self.in_order and len(set(self.batch.kv_lens)) == 1
+        if not self._binding.cache.codec.lossless and not complete:
+            absent = (positions < 0)[:, :, None, None]
+            keys, values = (x.masked_fill(absent, 0) for x in (keys, values))
+        return keys, values, positions
+
+    def sequence(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One sequence, without padding; see `KV.sequence`."""
+        length = self.batch.kv_lens[index]
+        first = self._binding.cache._first[self._layer_idx][index]
+        keys, values = (self._decode(side, index, length)[first:] for side in SIDES)
+        if first == 0:
+            return keys, values, None
+        return keys, values, torch.arange(first, length, device=keys.device)
+
+    def observe(self, q: Tensor) -> None:
+        """Positional retention does not look at queries."""
+
+    def _decode(self, side: Side, rows: int | slice, length: int) -> Tensor:
+        """`[(B,) T, kv_heads, head_dim]`, the places [0, length) of some rows."""
+        cache = self._binding.cache
+        heads = 0 if isinstance(rows, int) else 1  # the heads' dimension, tokens behind it
+        planes = {
+            name: plane[rows, :, :length].transpose(heads, heads + 1)
+            for name, plane in cache._layers[self._layer_idx][side].items()
+        }
+        return cache.codec.decode(planes, side, self._layer_idx)
+
+    def _positions(self, longest: int) -> Tensor:
+        """`[B, T]`; -1 where row b holds nothing at place t."""
+        first = self._binding.cache._first[self._layer_idx]
+        key = ("key_positions", tuple(first))
+        if key not in self.memo:
+            device = self._binding.cache.device
+            places = torch.arange(longest, device=device)
+            starts = torch.tensor(first, device=device)[:, None]
+            ends = torch.tensor(self.batch.kv_lens, device=device)[:, None]
+            held = (places >= starts) & (places < ends)
+            self.memo[key] = torch.where(held, places, -1)
+        return self.memo[key]  # type: ignore[no-any-return]
