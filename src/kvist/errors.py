@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "ContextTooLong",
     "DownloadError",
+    "InvariantError",
     "KvistError",
     "MissingDependency",
     "ModelNotFound",
@@ -64,6 +65,10 @@ class CacheError(KvistError):
 
 class CacheFull(CacheError):
     """A cache of fixed size has no room for a step; `bind` raises it before anything is written."""
+
+
+class InvariantError(CacheError):
+    """The block manager's or the scheduler's books do not add up: a defect; names the invariant."""
 
 
 class UnknownLayer(CacheError):

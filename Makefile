@@ -1,0 +1,49 @@
+# make demo    everything from nothing: environment, model, a question answered
+# make test    the whole suite
+# make check   lint, format, types
+# make bench   speed against transformers, in one run
+# make docs    the command line's reference, from the commands themselves
+
+PYTHON ?= python3
+# The build of torch to install first, so that nothing else chooses one. On a machine with a GPU,
+# set it to the build that fits, or empty to keep the environment's own.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUESTION ?= Why does a language model keep its keys and values?
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/.core
+	@$(BIN)/kvist pull smollm2-135m > /dev/null
+	@echo "> $(QUESTION)"
+	@$(BIN)/kvist generate smollm2-135m "$(QUESTION)" --greedy --max-tokens 120
+
+test: $(VENV)/.dev
+	@$(BIN)/kvist pull smollm2-135m > /dev/null || echo "no SmolLM2: its tests will be skipped" >&2
+	$(BIN)/pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/kvist pull smollm2-135m > /dev/null
+	$(BIN)/python benchmarks/generate.py
+
+docs: $(VENV)/.dev
+	$(BIN)/typer kvist.cli.app utils docs --name kvist --output docs/cli.md
+
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH))
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

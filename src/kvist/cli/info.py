@@ -1,0 +1,31 @@
+"""`kvist info`: what a model is and what its cache costs, before any weight is read."""
+
+from typing import Any
+
+from kvist.cli.options import CodecOption, JsonOption, ModelArgument
+
+
+def command(model: ModelArgument, codec: CodecOption = "plain", json: JsonOption = False) -> None:
+    """Architecture, parameters, and cache bytes per token; reads no weights."""
+    from kvist.reports.info import describe
+
+    facts = describe(model, codec)
+    if json:
+        from json import dumps
+
+        print(dumps(facts))
+        return
+    _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in facts.items():
+        shown = (
+            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        )
+        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", shown)
+    Console().print(table)

@@ -1,0 +1,36 @@
+"""Options that several commands share, so that they read alike everywhere."""
+
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A directory in the hub's format, a GGUF file, a hub id, or a pulled name "
+        "such as [bold]smollm2-135m[/].",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: the first GPU.")]
+DummyOption = Annotated[
+    bool, typer.Option("--dummy", help="Random weights from config.json alone.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One machine-readable JSON object.")]
+CacheOption = Annotated[
+    str, typer.Option("--cache", metavar="LAYOUT", help="Where tokens lie: dynamic, static …")
+]
+CodecOption = Annotated[
+    str, typer.Option("--codec", metavar="CODEC", help="How they are written: plain …")
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(help="Keep only the last N tokens of each layer.", min=1, show_default=False),
+]
+SinksOption = Annotated[
+    int, typer.Option(help="With --window: keep the first N tokens too.", min=0)
+]

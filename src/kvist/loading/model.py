@@ -1,0 +1,204 @@
+"""`load`: from a name or a path to a model that can generate, with all that belongs to it.
+
+A `Model` is the language model plus its tokenizer, chat template and defaults. It holds no state of
+any conversation: caches and requests stand beside it, so one model serves any number of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvist.core.spec import LayerSpec
+from kvist.errors import ConfigError, NotSupported, RequestError
+from kvist.models.config import DecoderConfig, token_ids
+from kvist.models.decoder import Decoder
+from kvist.models.registry import family_of
+
+if TYPE_CHECKING:
+    from kvist.text.tokenizer import Tokenizer
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+# What a prompt may be: text, token ids, or chat messages in OpenAI's shape.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model and what belongs to it.
+
+    Args:
+        name: what it was loaded as.
+        lm: the model itself, in evaluation mode.
+        tokenizer: None where the checkpoint has none; prompts are then token ids.
+        generation_config: the model's defaults for sampling.
+        dtype: of its weights and activations.
+        device: where it runs.
+    """
+
+    name: str
+    lm: Decoder
+    tokenizer: "Tokenizer | None"
+    dtype: torch.dtype
+    device: torch.device
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's configuration."""
+        return self.lm.config
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """What each layer's cache must hold."""
+        return self.lm.specs
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence may reach, prompt and output."""
+        return self.config.max_positions
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a sequence: generation_config's, else config's, else the tokenizer's."""
+        ids = token_ids(self.generation_config.get("eos_token_id")) or self.config.eos_token_ids
+        if not ids and self.tokenizer is not None:
+            ids = token_ids(self.tokenizer.eos_token_id)
+        return frozenset(ids)
+
+    def require_tokenizer(self) -> "Tokenizer":
+        """The tokenizer; raises RequestError where the checkpoint has none."""
+        if self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer; give the prompt as token ids")
+        return self.tokenizer
+
+    def encode(self, prompt: Prompt, **template: Any) -> tuple[int, ...]:
+        """A prompt's token ids.
+
+        Args:
+            prompt: text (encoded with the model's own special tokens), token ids (checked), or
+                chat messages (through the chat template, with the generation prompt).
+            template: further variables of the chat template (`enable_thinking=False`, `tools=…`).
+
+        Raises:
+            RequestError: it is empty, holds an id outside the vocabulary, or is none of these.
+        """
+        if isinstance(prompt, str):
+            ids = self.require_tokenizer().encode(prompt, add_special_tokens=True)
+        elif not isinstance(prompt, Sequence):
+            raise RequestError(
+                f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}"
+            )
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self.require_tokenizer().encode(self.render_chat(prompt, **template))
+        else:
+            ids = list(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        vocab = self.config.vocab_size
+        for i, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise RequestError(
+                    f"prompt token {i} is {token!r}; this model's ids are 0..{vocab - 1}"
+                )
+        return tuple(ids)
+
+    def render_chat(self, messages: Sequence[Any], **template: Any) -> str:
+        """Chat messages as the text that the model was trained on."""
+        from kvist.text.chat import render
+
+        tokenizer = self.require_tokenizer()
+        if tokenizer.chat_template is None:
+            raise RequestError(f"{self.name} has no chat template; give the prompt as text")
+        return render(
+            tokenizer.chat_template,
+            messages,
+            special_tokens=tokenizer.special_tokens,
+            **template,
+        )
+
+
+def load(
+    path_or_name: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    *,
+    dummy: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Load a model.
+
+    Args:
+        path_or_name: a directory in the hub's format, a GGUF file, a hub id, or a pulled name
+            such as `smollm2-135m`.
+        dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU, where narrower types
+            are slower; or "float32", "bfloat16", "float16".
+        device: "auto" is the first GPU, else the CPU.
+        dummy: random weights from the configuration alone; nothing but config.json is read.
+        seed: of the random weights.
+
+    Raises:
+        ModelNotFound: there is nothing of this name; the message says where it looked.
+        ConfigError, NotSupported: its configuration is damaged, or not one that kvist runs.
+        CheckpointError: its weights are damaged or do not fit the configuration.
+    """
+    from kvist.loading.checkpoint import load_into, open_checkpoint, random_weights
+    from kvist.loading.hub import resolve
+    from kvist.text.tokenizer import find_tokenizer
+
+    where = _device(device)
+    checkpoint = open_checkpoint(resolve(str(path_or_name)), weights=not dummy)
+    family = family_of(checkpoint.config)
+    config = family.read(checkpoint.config)
+    kind = _dtype(dtype, checkpoint.config, where)
+    with torch.device("meta"):
+        lm = family.build(config)
+    if dummy:
+        random_weights(lm, dtype=kind, device=where, seed=seed)
+    else:
+        load_into(lm, checkpoint, dtype=kind, device=where, ignore=_ignorable)
+    return Model(
+        name=str(path_or_name),
+        lm=lm.eval().requires_grad_(False),
+        tokenizer=find_tokenizer(checkpoint),
+        dtype=kind,
+        device=where,
+        generation_config=checkpoint.generation_config,
+    )
+
+
+def _ignorable(name: str) -> bool:
+    """Tensors that old checkpoints carry and that are computed instead."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"no device named {device!r}; try 'cpu' or 'cuda'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r}: torch sees no CUDA device here; try 'cpu'")
+    return found
+
+
+def _dtype(
+    dtype: str | torch.dtype, config: Mapping[str, Any], device: torch.device
+) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        dtype = "float32" if device.type == "cpu" or stored not in DTYPES else stored
+    if dtype not in DTYPES:
+        raise NotSupported(f"dtype {dtype!r}; there are: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

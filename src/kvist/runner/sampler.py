@@ -1,0 +1,202 @@
+"""The sampler: from logits to tokens, all rows at once, each with its own request's parameters.
+
+A row's draw depends on that row alone: its logits, its parameters, its history and one uniform
+number from the counter (`core/rng.py`), never on its neighbours. Order: logit bias, minimum tokens,
+penalties, temperature, top-k, top-p, min-p. Log-probabilities are the model's own, before all that.
+"""
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvist.core.params import ResolvedParams
+from kvist.core.results import TokenLogprob
+from kvist.errors import NumericalError
+
+
+@dataclass
+class _Slot:
+    """A running sequence's sampling state."""
+
+    params: ResolvedParams
+    prompt_ids: tuple[int, ...]
+    counts: Tensor | None = None  # [vocab], how often each token is in the output
+    seen: Tensor | None = None  # [vocab] bool, in prompt or output (repetition penalty)
+    bias: Tensor | None = None  # [vocab]
+
+
+class Sampler:
+    """Sampling state by slot; `sample` chooses the next token of some of them."""
+
+    def __init__(self, vocab_size: int, device: str | torch.device = "cpu") -> None:
+        """Make an empty sampler for logits of this width."""
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._slots: dict[int, _Slot] = {}
+
+    def admit(self, slot: int, params: ResolvedParams, prompt_ids: tuple[int, ...]) -> None:
+        """A sequence takes this slot; its prompt counts for the repetition penalty."""
+        state = _Slot(params, prompt_ids)
+        if params.presence_penalty or params.frequency_penalty:
+            state.counts = torch.zeros(self.vocab_size, device=self.device)
+        if params.repetition_penalty != 1.0:
+            state.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
+            state.seen[torch.tensor(prompt_ids, dtype=torch.long, device=self.device)] = True
+        if params.logit_bias:
+            state.bias = torch.zeros(self.vocab_size, device=self.device)
+            for token, bias in params.logit_bias.items():
+                state.bias[token] = bias
+        self._slots[slot] = state
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence has ended."""
+        self._slots.pop(slot, None)
+
+    def sample(
+        self,
+        logits: Tensor,
+        slots: Rows[int],
+        uniforms: Rows[float],
+        banned: Rows[frozenset[int]] = (),
+    ) -> list[int]:
+        """Choose each row's next token and count it.
+
+        Args:
+            logits: `[R, vocab]` float32; not written to.
+            slots: the slot of each row.
+            uniforms: a number in [0, 1) for each row; unused where greedy.
+            banned: ids that a row must not take (minimum tokens); empty for none.
+        """
+        states = [self._slots[slot] for slot in slots]
+        scores = self._adjust(logits, states, banned)
+        if all(state.params.greedy for state in states):
+            tokens = scores.argmax(dim=-1).tolist()
+        else:
+            tokens = self._draw(scores, [s.params for s in states], uniforms).tolist()
+        for state, token in zip(states, tokens, strict=True):
+            if state.counts is not None:
+                state.counts[token] += 1
+            if state.seen is not None:
+                state.seen[token] = True
+        return tokens
+
+    def _adjust(self, logits: Tensor, states: Rows[_Slot], banned: Rows[frozenset[int]]) -> Tensor:
+        """Bias, bans and penalties; copies only if there are any."""
+        scores = logits
+        for row, state in enumerate(states):
+            forbidden = banned[row] if banned else frozenset()
+            touched = forbidden or state.bias is not None
+            if not touched and state.seen is None and state.counts is None:
+                continue
+            if scores is logits:
+                scores = logits.clone()
+            line = scores[row]
+            if state.bias is not None:
+                line += state.bias
+            if forbidden:
+                line[torch.tensor(sorted(forbidden), device=line.device)] = -torch.inf
+            params = state.params
+            if state.seen is not None:
+                # CTRL (Keskar et al., 2019): divide what is positive, multiply what is negative.
+                factor = params.repetition_penalty
+                line.copy_(
+                    torch.where(
+                        state.seen, torch.where(line > 0, line / factor, line * factor), line
+                    )
+                )
+            if state.counts is not None:
+                line -= params.frequency_penalty * state.counts
+                line -= params.presence_penalty * (state.counts > 0)
+        return scores
+
+    def _draw(self, scores: Tensor, params: Rows[ResolvedParams], uniforms: Rows[float]) -> Tensor:
+        """Inverse-CDF sampling over the vocabulary in its own order; greedy rows by arg-max."""
+        device = scores.device
+        greedy = torch.tensor([p.greedy for p in params], device=device)
+        temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
+        scaled = _filter(scores / temperature[:, None], params)
+        cdf = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        u = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None]
+        # The first token with cdf > u * total has a probability over zero.
+        drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+        best = scores.argmax(dim=-1)
+        return torch.where(greedy | (drawn >= self.vocab_size), best, drawn)
+
+
+def _filter(scaled: Tensor, params: Rows[ResolvedParams]) -> Tensor:
+    """Top-k, then top-p over what is left, then min-p; what falls out is -inf.
+
+    All three are thresholds on a row's scores, so that equal scores share their fate and the
+    result does not depend on the order of a sort.
+    """
+    device, vocab = scaled.device, scaled.shape[-1]
+    floor = torch.full(scaled.shape[:1], -torch.inf, device=device)
+    by_k = [min(p.top_k, vocab) if p.top_k and not p.greedy else vocab for p in params]
+    by_p = [p.top_p < 1.0 and not p.greedy for p in params]
+    if any(by_p) or min(by_k) < vocab:
+        # Only as much of the order as the rows that filter need: [R, width], descending.
+        needed = (k for k, nucleus in zip(by_k, by_p, strict=True) if nucleus or k < vocab)
+        width = max(needed)
+        ordered = (
+            scaled.topk(width, dim=-1).values
+            if width < vocab
+            else scaled.sort(dim=-1, descending=True).values
+        )
+        k = torch.tensor(by_k, device=device)[:, None]
+        rank = torch.arange(width, device=device)
+        limited = ordered.masked_fill(rank >= k, -torch.inf)
+        # Unnormalised, in float64, scanned from the likeliest down: what stands behind a token,
+        # and so how wide a neighbour made this table, cannot move the sum before it.
+        mass = (limited - limited[:, :1]).double().exp()
+        reached = mass.cumsum(dim=-1)
+        p = torch.tensor([x.top_p if n else 2.0 for x, n in zip(params, by_p, strict=True)])
+        share = p.to(device, torch.float64)[:, None] * reached[:, -1:]
+        kept = (reached - mass < share) & (rank < k)
+        lowest = limited.masked_fill(~kept, torch.inf).amin(dim=-1)
+        filters = torch.tensor(
+            [n or key < vocab for key, n in zip(by_k, by_p, strict=True)], device=device
+        )
+        floor = torch.where(filters, lowest, floor)
+    if any(p.min_p > 0 for p in params):
+        # p >= min_p * p_max, in logarithms.
+        ratio = torch.tensor([p.min_p for p in params], device=device).log()
+        floor = torch.maximum(floor, scaled.amax(dim=-1) + ratio)
+    return scaled.masked_fill(scaled < floor[:, None], -torch.inf)
+
+
+def check_finite(logits: Tensor, names: Rows[str], step: int) -> None:
+    """Raise if a row's logits cannot be sampled from.
+
+    Raises:
+        NumericalError: names the step and the first such row.
+    """
+    finite = logits.amax(dim=-1).isfinite()
+    if not bool(finite.all()):
+        row = int(finite.logical_not().nonzero()[0, 0])
+        raise NumericalError(
+            f"the logits of {names[row]} are NaN or infinite at step {step}; the weights may be "
+            "damaged, or dtype too narrow for this model: try dtype='float32'"
+        )
+
+
+def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int | None]) -> list[TokenLogprob]:
+    """Log-probabilities of the given tokens, with alternatives.
+
+    Args:
+        logits: `[R, vocab]`, the model's own.
+        tokens: one for each row.
+        tops: how many alternatives each row wants; None and 0 are none.
+    """
+    normalised = torch.log_softmax(logits.float(), dim=-1)
+    chosen = normalised.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    width = max((k or 0 for k in tops), default=0)
+    best = normalised.topk(width, dim=-1)
+    rows = zip(
+        tokens, chosen.tolist(), best.indices.tolist(), best.values.tolist(), tops, strict=True
+    )
+    return [
+        TokenLogprob(token, own, tuple(zip(ids[: k or 0], values[: k or 0], strict=True)))
+        for token, own, ids, values, k in rows
+    ]
