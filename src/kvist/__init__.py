@@ -9,6 +9,8 @@
 Public names are imported when first used, so that `import kvist` costs next to nothing.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,3 +71,14 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """All public names, imported or not."""
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `kvist.generate` the function: importing the module of that name would hide it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

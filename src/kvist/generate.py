@@ -5,25 +5,31 @@ prompts into samples and tokens into results. The engine does the same for reque
 go, and is compared with this file.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from kvist.attention import check_backend
+from kvist.beam import beam_search
 from kvist.cache import Batch, Cache, Codec, make_cache
 from kvist.cache.batch import LogitRows
-from kvist.core.params import SamplingParams, refuse_unbuilt
+from kvist.core.ngram import prompt_lookup
+from kvist.core.params import SamplingParams
 from kvist.core.results import Delta, Result
 from kvist.core.retention import Retention
-from kvist.errors import ContextTooLong, RequestError
+from kvist.errors import RequestError
 from kvist.loading.model import Model, Prompt
+from kvist.prepare import prepare
 from kvist.runner.sampler import Sampler, check_finite, logprobs_of
 from kvist.runner.step import StepFunction, model_step
 from kvist.sample import Sample
 
 DEFAULT_CHUNK = 2048
+
+Forward = Callable[[Sequence[Sequence[int]], LogitRows], tuple[Batch, Tensor]]
 
 
 def generate(
@@ -37,6 +43,7 @@ def generate(
     attention: str = "auto",
     chunk: int = DEFAULT_CHUNK,
     use_cache: bool = True,
+    speculate: int = 0,
     step: StepFunction | None = None,
 ) -> list[Result]:
     """Generate from all prompts at once, ragged and without padding.
@@ -51,6 +58,8 @@ def generate(
         attention: a name in `kvist.attention.BACKENDS`, or "auto".
         chunk: most prompt tokens of a sequence in one forward.
         use_cache: False computes everything anew for each token, to see what a cache is worth.
+        speculate: guess up to this many tokens a step from what the sequence said before, and
+            check them all in one forward; the tokens are the same, only sooner.
         step: a drop-in for the model's own forward.
 
     Returns:
@@ -61,10 +70,18 @@ def generate(
         NumericalError: NaN logits; names the step.
     """
     samples = prepare(model, prompts, params)
-    store = open_cache(model, samples, cache, codec, retention)
-    for _ in decode(model, samples, store, attention, chunk, use_cache, step):
-        pass
+    for group in _together(samples):
+        store = open_cache(model, group, cache, codec, retention)
+        for _ in decode(model, group, store, attention, chunk, use_cache, speculate, step):
+            pass
     return [sample.result() for sample in samples]
+
+
+def _together(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples that run as one batch: all but those with beams, which search prompt by prompt."""
+    batch = [s for s in samples if s.params.num_beams == 1]
+    beams = groupby((s for s in samples if s.params.num_beams > 1), lambda s: s.prompt_index)
+    return [group for group in (batch, *(list(family) for _, family in beams)) if group]
 
 
 def stream(
@@ -78,6 +95,7 @@ def stream(
     attention: str = "auto",
     chunk: int = DEFAULT_CHUNK,
     use_cache: bool = True,
+    speculate: int = 0,
     step: StepFunction | None = None,
 ) -> Iterator[Delta]:
     """Generate from one prompt, step by step; arguments as in `generate`.
@@ -86,11 +104,13 @@ def stream(
         What each step adds: text that will not be taken back, and its tokens. The last `Delta`
         carries the whole `Result`.
     """
-    if params is not None and params.n > 1:
-        raise RequestError(f"stream gives one sample, not n={params.n}; use generate")
+    if params is not None and (params.n > 1 or params.num_beams > 1):
+        raise RequestError(
+            f"stream gives one sample, not n={params.n}, num_beams={params.num_beams}; use generate"
+        )
     samples = prepare(model, [prompt], params)
     store = open_cache(model, samples, cache, codec, retention)
-    steps = decode(model, samples, store, attention, chunk, use_cache, step)
+    steps = decode(model, samples, store, attention, chunk, use_cache, speculate, step)
     return (samples[0].delta() for _ in steps)
 
 
@@ -102,19 +122,20 @@ def decode(
     attention: str = "auto",
     chunk: int = DEFAULT_CHUNK,
     use_cache: bool = True,
+    speculate: int = 0,
     step: StepFunction | None = None,
 ) -> Iterator[None]:
-    """Run all samples to their ends, one token of each for every `next`.
+    """Run all samples to their ends, one step of each for every `next`; arguments as in `generate`.
 
     `cache` has one row for each prompt, and may hold the beginning of it already.
     """
     step = step or model_step(model.lm)
     backend = check_backend(attention)
     sampler = Sampler(model.config.vocab_size, model.device)
-    for slot, sample in enumerate(samples):
-        sampler.admit(slot, sample.params, sample.sequence.prompt_ids)
+    for sample in samples:
+        sampler.admit(sample.slot, sample.params, sample.sequence.prompt_ids)
 
-    def forward(tokens: Sequence[Sequence[int]], logits: LogitRows = "last") -> tuple[Batch, Tensor]:
+    def forward(tokens: Sequence[Sequence[int]], logits: LogitRows) -> tuple[Batch, Tensor]:
         batch = Batch.pack(tokens, cache.lengths, device=model.device, logits=logits)
         scores = step(batch, cache.bind(batch, backend=backend))
         cache.commit(batch)  # only a step that went through counts
@@ -122,133 +143,123 @@ def decode(
 
     # Prefill: the prompts' tokens all at once, compute-bound.
     logits = prefill(forward, samples, cache, chunk)
+    if samples[0].params.num_beams > 1:
+        beam_search(lambda new: forward(new, "last")[1], logits[0], cache, samples)
+        return
+    running, steps = list(samples), 0
+    guesses: list[list[int]] = [[] for _ in samples]
 
-    # Decode: one token of each sequence at a time, with the cache, memory-bound.
-    running, steps = list(range(len(samples))), 0
+    # Decode: a token of each sequence at a time, with the cache, memory-bound.
     while running:
-        check_finite(logits, [samples[slot].name for slot in running], steps)
-        choose(sampler, logits, running, samples)
+        check_finite(logits, partial(_owner, running, guesses), steps)
+        choose(sampler, logits, running, guesses)
         yield
-        going = [row for row, slot in enumerate(running) if not samples[slot].finish_reason]
-        if len(going) < len(running):
-            running = [running[row] for row in going]
-            if running:
-                cache.reorder(going)
+        rows = [row for row, sample in enumerate(running) if not sample.finish_reason]
+        if any(guesses):  # forget the wrong ones; the last token itself is not written yet
+            cache.crop([sample.sequence.num_tokens - 1 for sample in running])
+        if rows and len(rows) < len(running):
+            cache.reorder(rows)
+        running = [running[row] for row in rows]
         if not running:
             return
         if use_cache:
-            new = [samples[slot].sequence.output_ids[-1:] for slot in running]
+            guesses = [guess(sample, speculate, cache.max_chunk) for sample in running]
+            new = [[s.sequence.output_ids[-1], *g] for s, g in zip(running, guesses, strict=True)]
         else:
             cache.reset()
-            new = [
-                [*s.prompt_ids, *s.output_ids] for s in (samples[slot].sequence for slot in running)
-            ]
-        _, logits = forward(new)
+            new = [[*s.sequence.prompt_ids, *s.sequence.output_ids] for s in running]
+        _, logits = forward(new, "all" if any(guesses) else "last")
         steps += 1
 
 
-def prefill(forward: Any, samples: Sequence[Sample], cache: Cache, chunk: int) -> Tensor:
+def prefill(forward: Forward, samples: Sequence[Sample], cache: Cache, chunk: int) -> Tensor:
     """Write all prompts into the cache, chunk by chunk; the logits that follow each sample's.
 
     Samples of one prompt share its prefill, and its cache until their first own token.
     """
-    first = [slot for slot, sample in enumerate(samples) if sample.sequence.sample_index == 0]
-    prompts = [samples[slot].sequence.prompt_ids for slot in first]
-    whole = any(samples[slot].params.prompt_logprobs is not None for slot in first)
+    families = [list(group) for _, group in groupby(samples, lambda s: s.prompt_index)]
+    prompts = [family[0].sequence.prompt_ids for family in families]
+    whole = any(sample.params.prompt_logprobs is not None for sample in samples)
     chunk = min(chunk, cache.max_chunk or chunk)
-    last: list[Tensor | None] = [None] * len(prompts)
+    last: dict[int, Tensor] = {}
     while any(cached < len(p) for cached, p in zip(cache.lengths, prompts, strict=True)):
         starts = cache.lengths
         parts = [p[n : n + chunk] for n, p in zip(starts, prompts, strict=True)]
         batch, logits = forward(parts, "all" if whole else "last")
         rows = iter(logits)
         for i, (part, (begin, end)) in enumerate(zip(parts, batch.query_spans, strict=True)):
-            if not part:
-                continue
-            if whole:
-                note_prompt(samples[first[i]], starts[i], logits[begin:end])
-            last[i] = logits[end - 1] if whole else next(rows)
-    owners = [i for i, slot in enumerate(first) for _ in range(samples[slot].params.n)]
-    if len(owners) > len(first):
+            if part and whole:
+                note_prompt(families[i], starts[i], logits[begin:end])
+                last[i] = logits[end - 1]
+            elif part:
+                last[i] = next(rows)
+    owners = [i for i, family in enumerate(families) for _ in family]
+    if families[0][0].params.num_beams > 1:
+        return last[0][None]  # one prompt; its beams branch by themselves
+    if len(owners) > len(families):
         cache.reorder(owners)
-    return torch.stack([logits for i in owners if (logits := last[i]) is not None])
+    return torch.stack([last[i] for i in owners])
 
 
 def choose(
-    sampler: Sampler, logits: Tensor, slots: Sequence[int], samples: Sequence[Sample]
+    sampler: Sampler, logits: Tensor, running: Sequence[Sample], guesses: Sequence[Sequence[int]]
 ) -> None:
-    """Sample the next token of each running sample and push it."""
-    running = [samples[slot] for slot in slots]
-    tokens = sampler.sample(
-        logits,
-        slots,
-        [s.sequence.uniform() for s in running],
-        [s.sequence.banned_ids() for s in running],
-    )
-    tops = [s.params.logprobs for s in running]
-    asked = any(k is not None for k in tops)
-    logprobs = logprobs_of(logits, tokens, tops) if asked else [None] * len(tokens)
-    for sample, token, logprob in zip(running, tokens, logprobs, strict=True):
-        sample.push(token, logprob if sample.params.logprobs is not None else None)
+    """Sample the next token of each sample, and go on behind it as long as the guesses were right.
+
+    Each draw is the one that would have been made without guesses, so they change no token.
+
+    Args:
+        sampler: knows each sample by its slot.
+        logits: `[sum of 1 + guesses, vocab]`, the samples' rows one behind the other.
+        running: the samples.
+        guesses: for each sample the tokens that were guessed to follow.
+    """
+    begins = list(accumulate((1 + len(g) for g in guesses), initial=0))
+    going, depth = list(range(len(running))), 0
+    while going:
+        rows = logits if len(going) == len(logits) else logits[[begins[i] + depth for i in going]]
+        here = [running[i] for i in going]
+        tokens = sampler.sample(
+            rows,
+            [s.slot for s in here],
+            [s.sequence.uniform() for s in here],
+            [s.sequence.banned_ids() for s in here],
+        )
+        tops = [s.params.logprobs for s in here]
+        asked = any(k is not None for k in tops)
+        logprobs = logprobs_of(rows, tokens, tops) if asked else [None] * len(tokens)
+        for sample, token, logprob in zip(here, tokens, logprobs, strict=True):
+            sample.push(token, logprob if sample.params.logprobs is not None else None)
+        going = [
+            i
+            for i, token in zip(going, tokens, strict=True)
+            if guesses[i][depth : depth + 1] == [token] and not running[i].finish_reason
+        ]
+        depth += 1
 
 
-def note_prompt(sample: Sample, start: int, logits: Tensor) -> None:
-    """Log-probabilities of the prompt's tokens behind the positions `[start, start + L)`."""
-    wanted = sample.params.prompt_logprobs
-    following = sample.sequence.prompt_ids[start + 1 : start + 1 + len(logits)]
+def guess(sample: Sample, most: int, max_chunk: int | None) -> list[int]:
+    """Guesses at a sample's next tokens, no more than it may still produce."""
+    left = sample.params.max_tokens - len(sample.sequence.output_ids) - 1
+    limit = min(most, left, most if max_chunk is None else max_chunk - 1)
+    return prompt_lookup(sample.sequence.prompt_ids, sample.sequence.output_ids, limit)
+
+
+def _owner(running: Sequence[Sample], guesses: Sequence[Sequence[int]], row: int) -> str:
+    """What an error calls the sample that a row of logits belongs to."""
+    owners = [s for s, g in zip(running, guesses, strict=True) for _ in range(1 + len(g))]
+    return owners[row].name
+
+
+def note_prompt(siblings: Sequence[Sample], start: int, logits: Tensor) -> None:
+    """Log-probabilities of a prompt's tokens behind `[start, start + L)`, for all its samples."""
+    wanted = siblings[0].params.prompt_logprobs
+    following = siblings[0].sequence.prompt_ids[start + 1 : start + 1 + len(logits)]
     if wanted is not None and following:
         rows = logits[: len(following)]
-        sample.prompt_logprobs += logprobs_of(rows, following, [wanted] * len(following))
-
-
-def prepare(
-    model: Model,
-    prompts: Sequence[Prompt],
-    params: SamplingParams | Sequence[SamplingParams] | None,
-) -> list[Sample]:
-    """Check every prompt and parameter, before any work; one sample each, or n."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts is a list, such as [prompt], not {type(prompts).__name__}")
-    if not prompts:
-        raise RequestError("prompts is empty; give at least one")
-    if params is None or isinstance(params, SamplingParams):
-        given = [params or SamplingParams()] * len(prompts)
-    else:
-        given = list(params)
-    if len(given) != len(prompts):
-        raise RequestError(f"{len(given)} sampling parameters for {len(prompts)} prompts")
-    samples = []
-    for index, (prompt, asked) in enumerate(zip(prompts, given, strict=True)):
-        refuse_unbuilt(asked)
-        ids = model.encode(prompt)
-        resolved = asked.resolve(model.generation_config)
-        room = model.max_length - len(ids)
-        if room < (1 if asked.max_tokens is None else resolved.max_tokens):
-            raise ContextTooLong(
-                f"prompt {index} has {len(ids)} tokens; with max_tokens "
-                f"{resolved.max_tokens} it needs {len(ids) + resolved.max_tokens}, and the model's "
-                f"limit is {model.max_length}"
-            )
-        if resolved.stop and model.tokenizer is None:
-            raise RequestError(f"{model.name} has no tokenizer, so stop strings cannot be met")
-        resolved = resolved.with_max_tokens(min(resolved.max_tokens, room))
-        for token in (*resolved.stop_token_ids, *resolved.logit_bias):
-            if token >= model.config.vocab_size:
-                raise RequestError(
-                    f"token id {token} is not in the vocabulary of {model.config.vocab_size}"
-                )
-        samples += [
-            Sample(
-                ids,
-                resolved,
-                model.tokenizer,
-                model.eos_token_ids,
-                prompt_index=index,
-                sample_index=i,
-            )
-            for i in range(resolved.n)
-        ]
-    return samples
+        found = logprobs_of(rows, following, [wanted] * len(following))
+        for sample in siblings:
+            sample.prompt_logprobs += found
 
 
 def open_cache(

@@ -25,10 +25,15 @@ class Sample:
         *,
         prompt_index: int = 0,
         sample_index: int = 0,
+        slot: int = 0,
     ) -> None:
-        """A sample that has its prompt and nothing else yet; the clock starts here."""
+        """A sample that has its prompt and nothing else yet; the clock starts here.
+
+        `slot` is where the sampler keeps what it needs to know of it.
+        """
         self.sequence = Sequence(prompt_ids, params, eos_token_ids, sample_index)
         self.prompt_index = prompt_index
+        self.slot = slot
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.finish_reason: str | None = None
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)

@@ -1,6 +1,5 @@
 """Chats rendered as transformers renders them, and templates that are wrong, hostile or endless."""
 
-import enum
 import json
 import time
 
@@ -57,7 +56,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def apply(theirs):
-    """transformers' rendering."""
+    """The same, rendered by transformers."""
 
     def apply(messages, template=None, **options):
         options.setdefault("add_generation_prompt", True)
@@ -184,7 +183,7 @@ def test_raise_exception_says_what_the_template_says():
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("a\n{% for %}", "failed in line 2: Expected"),
+        ("a\n{% for %}", " in line 2: Expected"),
         ("{{ messages[0].a.b }}", "has no attribute 'a'"),
         ("{{ 'a' + 1 }}", "can only concatenate str"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -203,54 +202,46 @@ def test_mistakes_in_a_template_are_told_in_one_line(template, words):
     "template",
     [
         "{{ messages.__class__.__mro__ }}",
-        "{{ ''.__class__ }}{{ ().__class__.__bases__[0].__subclasses__() }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ ().__class__.__bases__[0].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
+        "{{ raise_exception.__globals__['sys'] }}",
         "{{ self._TemplateReference__context.environment.from_string('a') }}",
-        "{{ '{0.__class__}'.format(messages) }}",
     ],
 )
 def test_template_cannot_leave_its_sandbox(template):
-    with pytest.raises(RequestError, match="unsafe|undefined|no attribute|not safely callable"):
+    with pytest.raises(RequestError, match=r"unsafe|undefined|no attribute"):
         rendered(template)
 
 
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{% for i in range(1000000000) %}{% endfor %}", "Range too big"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "more than 1000000 steps",
-        ),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-            "{{ f(60) }}",
-            "more than 1000000 steps",
-        ),
-        ("{{ 'a' * 1000000000 }}", "repeats a value"),
-        ("{{ 1000000000 * [0] }}", "repeats a value"),
-        ("{{ 9 ** 9 ** 9 }}", "number of more than"),
-        (
-            "{% set ns = namespace(n=3) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}"
-            "{% endfor %}",
-            "number of more than",
-        ),
-        (
-            "{% set a = 'a' * 1000000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
-            "writes more than",
-        ),
-    ],
-)
-def test_endless_templates_are_stopped(template, words):
-    with pytest.raises(RequestError, match=words):
+def test_internals_look_empty_from_within_the_sandbox():
+    assert rendered("{{ ''.__class__ }}{{ '{0.__class__}'.format(messages) }}") == ""
+
+
+ENDLESS = {
+    "{% for i in range(1000000000) %}{% endfor %}": "Range too big",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "steps",
+    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}": "steps",
+    "{{ 'a' * 1000000000 }}": "repeats a value",
+    "{{ 1000000000 * [0] }}": "repeats a value",
+    "{{ 9 ** 99999 }}": "number of more than",
+    "{% set n = namespace(a=3) %}{% for i in range(99) %}{% set n.a = n.a * n.a %}{% endfor %}": (
+        "number of more than"
+    ),
+    "{% set a = 'a' * 1000000 %}{% for i in range(99999) %}{{ a }}{% endfor %}": "writes more than",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_endless_templates_are_stopped(monkeypatch, template):
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 20_000)
+    with pytest.raises(RequestError, match=ENDLESS[template]):
         rendered(template)
 
 
 def test_steps_are_counted_for_each_rendering_anew():
     template = "{% for i in range(90000) %}{% endfor %}done"
-    assert all(rendered(template) == "done" for _ in range(20))
+    assert all(rendered(template) == "done" for _ in range(12))
 
 
 def test_long_chats_are_far_from_the_limits(qwen3):
@@ -332,10 +323,11 @@ def test_template_sees_where_an_image_is_and_nothing_of_it():
 
 
 def test_subclasses_of_plain_types_reach_the_template_as_plain():
-    class Colour(str, enum.Enum):
-        RED = "red"
+    class Colour(str):
+        def leak(self):
+            return "leaked"
 
-    assert rendered("{{ colour }}{{ flag }}", colour=Colour.RED, flag=True) == "redTrue"
+    assert rendered("{{ colour }}{{ colour.leak }}", colour=Colour("red")) == "red"
 
 
 def test_what_is_not_json_is_refused_by_name():

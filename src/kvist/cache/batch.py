@@ -19,6 +19,16 @@ from kvist.errors import CacheError
 LogitRows = Literal["last", "all", "none"]
 
 
+def int_tensor(
+    values: Sequence[int], device: str | torch.device, dtype: torch.dtype = torch.long
+) -> Tensor:
+    """`[len(values)]` on the device, without waiting for a GPU to take them over."""
+    made = torch.tensor(values, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's input. N new tokens of B sequences, packed in the sequences' order.
@@ -72,11 +82,11 @@ class Batch:
             rows = list(range(len(positions))) if logits == "all" else []
         flat = [token for sequence in tokens for token in sequence]
         return cls(
-            token_ids=torch.tensor(flat, dtype=torch.long, device=device),
-            positions=torch.tensor(positions, dtype=torch.long, device=device),
+            token_ids=int_tensor(flat, device),
+            positions=int_tensor(positions, device),
             query_lens=query_lens,
             kv_lens=tuple(c + n for c, n in zip(cached, query_lens, strict=True)),
-            logit_rows=torch.tensor(rows, dtype=torch.long, device=device),
+            logit_rows=int_tensor(rows, device),
             slots=tuple(range(len(query_lens)) if slots is None else slots),
         )
 
@@ -108,7 +118,7 @@ class Batch:
     @cached_property
     def sequence_index(self) -> Tensor:
         """`[N]` int64, which sequence each packed row belongs to."""
-        lens = torch.tensor(self.query_lens, device=self.positions.device)
+        lens = int_tensor(self.query_lens, self.positions.device)
         return torch.repeat_interleave(
             torch.arange(len(self.query_lens), device=lens.device),
             lens,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvist.cache.batch import Batch
+from kvist.cache.lengths import cropped
 from kvist.cache.protocol import KV, SIDES, Codec, Side, State
 from kvist.core.retention import KeepAll, Retention
 from kvist.core.spec import AttentionSpec, LayerSpec
@@ -121,6 +122,9 @@ class DenseCache:
         self._sources = None
         self._rows, self.capacity = rows, capacity
 
+    # A cache outlives the step that made it grow: tensors made in inference mode could not be
+    # cropped or cleared outside it.
+    @torch.inference_mode(False)
     def _allocate(self, spec: AttentionSpec, rows: int, capacity: int) -> Layer:
         return {
             side: {
@@ -147,15 +151,13 @@ class DenseCache:
 
     # Going back, forking, forgetting.
 
-    def crop(self, length: int) -> None:
-        """Keep at most the first `length` tokens of each sequence; negative drops from the end."""
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Go back to at most `length` tokens; see `Cache.crop`."""
+        lengths = cropped(self._lengths, length)
         self._materialise()
         self._clear(self._lengths)
-        if length < 0:
-            length = max(max(self._lengths, default=0) + length, 0)
-        self._dirty = list(self._lengths)
-        self._lengths = [min(n, length) for n in self._lengths]
-        self._clear(self._lengths)
+        self._dirty, self._lengths = self._lengths, lengths
+        self._clear(lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Make sequence i what sequence `rows[i]` was; nothing is copied before the next step."""

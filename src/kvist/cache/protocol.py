@@ -5,7 +5,7 @@ block, batch size, rank or device. Storage (`Cache`) and its view for one step (
 objects: `cache.bind(batch)` makes the one from the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -160,8 +160,14 @@ class Cache(Protocol):
     def commit(self, batch: Batch) -> None:
         """Advance the lengths; called once, after the whole forward."""
 
-    def crop(self, length: int) -> None:
-        """Go back so that no sequence holds more than `length` tokens."""
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Go back to at most `length` tokens: the same for all sequences, or one for each.
+
+        A negative length drops that many from the end of the longest. Shorter sequences stay.
+
+        Raises:
+            CacheError: this layout no longer has what going back that far would need.
+        """
 
     def reorder(self, rows: list[int]) -> None:
         """Make sequence i what sequence `rows[i]` was: drop, permute, or repeat (a fork).

@@ -70,6 +70,9 @@ def command(
     n: Annotated[
         int, typer.Option("-n", "--samples", help="Samples.", rich_help_panel=SAMPLING)
     ] = 1,
+    beams: Annotated[
+        int, typer.Option(help="Search with N beams.", min=1, rich_help_panel=SAMPLING)
+    ] = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,6 +103,14 @@ def command(
             rich_help_panel=CACHE,
         ),
     ] = False,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            help="Guess up to N tokens a step from the text so far; same tokens, sooner.",
+            min=0,
+            rich_help_panel=CACHE,
+        ),
+    ] = 0,
     attention: Annotated[
         str, typer.Option(help="auto, sdpa, reference …", rich_help_panel=CACHE)
     ] = "auto",
@@ -124,8 +135,9 @@ def command(
 
     from kvist.core.params import SamplingParams
     from kvist.core.retention import SlidingWindow
-    from kvist.generate import decode, open_cache, prepare
+    from kvist.generate import decode, open_cache
     from kvist.loading.model import load
+    from kvist.prepare import prepare
 
     loaded = load(model, dtype, device, dummy=dummy)
     params = SamplingParams(
@@ -138,6 +150,7 @@ def command(
         ignore_eos=ignore_eos,
         seed=seed,
         n=n,
+        num_beams=beams,
         logprobs=logprobs,
         repetition_penalty=repetition_penalty,
     )
@@ -146,7 +159,7 @@ def command(
     retention = None if window is None else SlidingWindow(window, sinks)
     store = open_cache(loaded, samples, cache, codec, retention)
     streaming = not json and len(samples) == 1
-    for _ in decode(loaded, samples, store, attention, use_cache=not no_cache):
+    for _ in decode(loaded, samples, store, attention, use_cache=not no_cache, speculate=speculate):
         if streaming:
             text = samples[0].delta().text
             print(text, end="", flush=True)

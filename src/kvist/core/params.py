@@ -6,12 +6,12 @@ so that nothing behind it ever meets a None it has to interpret. Standard librar
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kvist.core.rng import fresh_seed
-from kvist.errors import NotSupported, RequestError
+from kvist.errors import RequestError
 
 DEFAULT_MAX_TOKENS = 256
 MAX_LOGPROBS = 50
@@ -67,9 +67,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, naming the field, the value and what would do."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for one in fields(SamplingParams):
+            if one.default is not None and getattr(self, one.name) is None:
+                raise RequestError(f"{one.name} must not be None; leave it out for its default")
+        stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(
+                f"logit_bias must map token ids to numbers, such as {{5: -1.0}}, not "
+                f"{self.logit_bias!r}"
+            )
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         _number("temperature", self.temperature, 0.0, None)
         _integer("top_k", self.top_k, 0)
@@ -85,6 +93,8 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("num_beams", self.num_beams, 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must be non-empty strings, not {text!r}")
@@ -158,14 +168,10 @@ class ResolvedParams(SamplingParams):
         return replace(self, max_tokens=max_tokens)
 
 
-def refuse_unbuilt(params: SamplingParams) -> None:
-    """Raise by name for what is part of the interface but not built yet."""
-    if params.n > 1:
-        raise NotSupported(f"n={params.n}: several samples of one prompt are not built yet; use 1")
-    if params.num_beams > 1:
-        raise NotSupported(f"num_beams={params.num_beams}: beam search is not built yet; use 1")
-    if params.prompt_logprobs is not None:
-        raise NotSupported("prompt_logprobs is not built yet; leave it None")
+def _tuple(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence | Set):
+        raise RequestError(f"{name} must be a list, not {values!r}")
+    return tuple(values)
 
 
 def _number(

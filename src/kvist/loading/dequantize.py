@@ -49,10 +49,13 @@ def dequantize(raw: Tensor, type_name: str, dtype: torch.dtype = torch.float32) 
     on_cpu = raw.device.type == "cpu"
     step = (_CHUNK_CPU if on_cpu else _CHUNK_GPU) // elements
 
+    inference = torch.is_inference_mode_enabled()  # which is a thread's own
+
     def decode_span(first: int, last: int) -> None:
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            out[start:stop] = decode(blocks[start:stop])
+        with torch.inference_mode(inference):
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                out[start:stop] = decode(blocks[start:stop])
 
     num_chunks = -(-blocks.shape[0] // step)
     workers = min(torch.get_num_threads(), num_chunks // _CHUNKS_WORTH_A_THREAD) if on_cpu else 1

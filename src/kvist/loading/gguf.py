@@ -188,10 +188,10 @@ class GGUFCheckpoint:
         heads = self._row_heads.get(name)
         if heads is None:
             return raw
-        # In the file the two halves of a head alternate; row (i, half) of [heads, dim/2, 2]
-        # goes back to (half, i).
-        order = torch.arange(num_rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
-        return raw[order]
+        # In the file the two halves of a head alternate: [heads, dim/2, half] is to become
+        # [heads, half, dim/2]. numpy copies on this thread, where torch would start its own.
+        halves = raw.view(heads, -1, 2, raw.shape[1]).transpose(1, 2)
+        return torch.from_numpy(halves.numpy().reshape(num_rows, -1))
 
 
 def _hub_name(name: str, architecture: Architecture) -> str:

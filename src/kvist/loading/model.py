@@ -92,7 +92,7 @@ class Model:
         """
         if isinstance(prompt, str):
             ids = self.require_tokenizer().encode(prompt, add_special_tokens=True)
-        elif not isinstance(prompt, Sequence):
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise RequestError(
                 f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}"
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvist.core.spec import AttentionSpec
 from kvist.errors import ConfigError, NotSupported
-from kvist.models.rope import RopeConfig, read_rope
+from kvist.models.rope import RopeConfig, positive_number, read_rope
 
 JSON = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def read_decoder(
     if dim % 2:
         raise ConfigError(f"head_dim {dim} is odd; rotary embeddings rotate pairs of channels")
     max_positions = positive(config, "max_position_embeddings")
-    bias = bool(config.get("attention_bias", False))
+    bias = flag(config, "attention_bias")
     return DecoderConfig(
         model_type=str(config["model_type"]),
         vocab_size=positive(config, "vocab_size"),
@@ -99,25 +99,31 @@ def read_decoder(
         num_kv_heads=kv_heads,
         head_dim=dim,
         max_positions=max_positions,
-        rms_norm_eps=float(value_of(config, "rms_norm_eps", rms_norm_eps)),
+        rms_norm_eps=positive_number(config, "rms_norm_eps", rms_norm_eps),
         rope=read_rope(config, head_dim=dim, max_positions=max_positions, default_theta=rope_theta),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
         windows=_windows(config, layers),
         qk_norm=qk_norm,
         attention_bias=bias,
         output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=flag(config, "mlp_bias"),
         eos_token_ids=token_ids(config.get("eos_token_id")),
     )
 
 
 def _windows(config: JSON, layers: int) -> tuple[int | None, ...]:
     """Each layer's window, from `layer_types` or `use_sliding_window` + `max_window_layers`."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = sliding_window(config)
     types = config.get("layer_types")
     if types is None:
-        first = config.get("max_window_layers", 0) if window is not None else layers
+        first = value_of(config, "max_window_layers", 28)  # the family's default
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise ConfigError(
+                f"config.json: max_window_layers must be a whole number, not {first!r}"
+            )
         return tuple(window if i >= first else None for i in range(layers))
+    if not isinstance(types, list | tuple):
+        raise ConfigError(f"config.json: layer_types must be a list, not {types!r}")
     if len(types) != layers:
         raise ConfigError(f"layer_types has {len(types)} entries for num_hidden_layers {layers}")
     for kind in types:
@@ -130,13 +136,20 @@ def _windows(config: JSON, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+def sliding_window(config: JSON) -> int | None:
+    """The window of the layers that slide; None where the file switches them off."""
+    if not flag(config, "use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return None
+    return positive(config, "sliding_window", 4096)  # the family's default
+
+
 def _refuse(config: JSON) -> None:
     """Raise for what would change the computation and is not built."""
     act = config.get("hidden_act", "silu")
     if act != "silu":
         raise NotSupported(f"hidden_act {act!r}; this decoder is built for 'silu'")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
         raise NotSupported(
             f"weights quantised with {method!r}; load the unquantised checkpoint or a GGUF"
         )
@@ -144,9 +157,11 @@ def _refuse(config: JSON) -> None:
 
 def token_ids(value: Any) -> tuple[int, ...]:
     """The ids of a field that holds none, one or a list."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ConfigError(f"eos_token_id must be a token id, or a list of them, not {value!r}")
+    return ids
 
 
 def value_of(config: JSON, name: str, default: Any = None) -> Any:
@@ -157,6 +172,14 @@ def value_of(config: JSON, name: str, default: Any = None) -> Any:
     if value is None:
         raise ConfigError(f"config.json of a {config.get('model_type')} model lacks {name!r}")
     return value
+
+
+def flag(config: JSON, name: str) -> bool:
+    """A field that is true or false; false where it is missing or null."""
+    value = config.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ConfigError(f"config.json: {name} must be true or false, not {value!r}")
 
 
 def positive(config: JSON, name: str, default: int | None = None) -> int:

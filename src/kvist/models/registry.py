@@ -12,6 +12,7 @@ from kvist.models.config import DecoderConfig
 from kvist.models.decoder import Decoder
 from kvist.models.llama import LlamaForCausalLM, read_llama
 from kvist.models.qwen3 import Qwen3ForCausalLM, read_qwen3
+from kvist.models.qwen3_moe import Qwen3MoeForCausalLM, read_qwen3_moe
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class Family:
     """How to read a family's config.json and how to build its model from that."""
 
     read: Callable[[Mapping[str, Any]], DecoderConfig]
-    build: Callable[[DecoderConfig], Decoder]
+    build: Callable[[Any], Decoder]  # of what `read` gives
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(read_llama, LlamaForCausalLM),
     "qwen3": Family(read_qwen3, Qwen3ForCausalLM),
+    "qwen3_moe": Family(read_qwen3_moe, Qwen3MoeForCausalLM),
 }
 
 

@@ -49,46 +49,68 @@ def read_rope(
     """Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4).
 
     Raises:
-        NotSupported: a rope type, or partial rotation, that kvist does not run.
-        ConfigError: a field that the type needs is missing.
+        NotSupported: a rope type, partial rotation, or a rotation for each type of layer, which
+            kvist does not run.
+        ConfigError: a field that the type needs is missing or makes no sense.
     """
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config.json: rope parameters must be an object, not {given!r}")
+    if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
+        raise NotSupported(f"rope parameters by layer type ({', '.join(nested)})")
     kind = given.get("rope_type") or given.get("type") or "default"
-    theta = float(given.get("rope_theta") or config.get("rope_theta") or default_theta)
+    default_theta = positive_number(config, "rope_theta", default_theta)
+    theta = positive_number(given, "rope_theta", default_theta)
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise NotSupported(f"partial_rotary_factor {partial}; kvist rotates whole heads")
     if kind == "default":
         return RopeConfig(head_dim, theta)
 
-    def need(name: str, default: Any = None) -> float:
-        value = given.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"config.json: rope type {kind!r} lacks {name!r}")
-        return float(value)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise NotSupported(f"rope type {kind!r}; kvist runs default, linear, llama3 and yarn")
 
-    original = given.get("original_max_position_embeddings")
+    def need(name: str, default: float | None = None) -> float:
+        return positive_number(given, name, default, of=f"rope type {kind!r}")
+
     if kind == "linear":
         return RopeConfig(head_dim, theta, kind, need("factor"))
+    original = int(need("original_max_position_embeddings", max_positions))
     if kind == "llama3":
         low, high = need("low_freq_factor"), need("high_freq_factor")
-        return RopeConfig(
-            head_dim, theta, kind, need("factor"), original or max_positions, low, high
+        if low >= high:
+            raise ConfigError(
+                f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}"
+            )
+        return RopeConfig(head_dim, theta, kind, need("factor"), original, low, high)
+    factor = need("factor", max_positions / original)
+    low, high = need("beta_slow", 1.0), need("beta_fast", 32.0)
+    if theta <= 1 or low >= high:
+        raise ConfigError(
+            f"config.json: yarn needs rope_theta > 1 and beta_slow < beta_fast, not {theta:g}, "
+            f"{low:g} and {high:g}"
         )
-    if kind == "yarn":
-        original = original or max_positions
-        factor = need("factor", max_positions / original)
-        low, high = given.get("beta_slow") or 1.0, given.get("beta_fast") or 32.0
-        attention = given.get("attention_factor")
-        if attention is None:
-            attention = _yarn_scale(factor, given.get("mscale"), given.get("mscale_all_dim"))
-        truncate = bool(given.get("truncate", True))
-        return RopeConfig(
-            head_dim, theta, kind, factor, original, low, high, truncate, float(attention)
-        )
-    raise NotSupported(f"rope type {kind!r}; kvist runs default, linear, llama3 and yarn")
+    # YaRN's temperature, unless the file states it.
+    mscales = (need(name) if given.get(name) else None for name in ("mscale", "mscale_all_dim"))
+    usual = _yarn_scale(factor, *mscales)
+    attention = need("attention_factor", usual)
+    truncate = given.get("truncate") is not False
+    return RopeConfig(head_dim, theta, kind, factor, original, low, high, truncate, attention)
+
+
+def positive_number(
+    fields: Mapping[str, Any], name: str, default: float | None = None, *, of: str = "it"
+) -> float:
+    """A field of config.json that must be a number over zero; null and missing are the default."""
+    value = fields.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise ConfigError(f"config.json: {of} lacks {name!r}")
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    if not usable or not 0 < value < math.inf:
+        raise ConfigError(f"config.json: {name} must be a number over zero, not {value!r}")
+    return float(value)
 
 
 def _yarn_scale(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -5,6 +5,7 @@ number from the counter (`core/rng.py`), never on its neighbours. Order: logit b
 penalties, temperature, top-k, top-p, min-p. Log-probabilities are the model's own, before all that.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -166,17 +167,22 @@ def _filter(scaled: Tensor, params: Rows[ResolvedParams]) -> Tensor:
     return scaled.masked_fill(scaled < floor[:, None], -torch.inf)
 
 
-def check_finite(logits: Tensor, names: Rows[str], step: int) -> None:
+def check_finite(logits: Tensor, name: Callable[[int], str], step: int) -> None:
     """Raise if a row's logits cannot be sampled from.
 
+    Args:
+        logits: `[R, vocab]`.
+        name: what to call the owner of a row.
+        step: which step of the generation this is, from 0.
+
     Raises:
-        NumericalError: names the step and the first such row.
+        NumericalError: names the step and the first such row's owner.
     """
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):
         row = int(finite.logical_not().nonzero()[0, 0])
         raise NumericalError(
-            f"the logits of {names[row]} are NaN or infinite at step {step}; the weights may be "
+            f"the logits of {name(row)} are NaN or infinite at step {step}; the weights may be "
             "damaged, or dtype too narrow for this model: try dtype='float32'"
         )
 
@@ -191,7 +197,7 @@ def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int | None]) -> li
     """
     normalised = torch.log_softmax(logits.float(), dim=-1)
     chosen = normalised.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    width = max((k or 0 for k in tops), default=0)
+    width = min(max((k or 0 for k in tops), default=0), logits.shape[-1])
     best = normalised.topk(width, dim=-1)
     rows = zip(
         tokens, chosen.tolist(), best.indices.tolist(), best.values.tolist(), tops, strict=True

@@ -93,12 +93,17 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         bodies += [(node.body, node.lineno) for node in tree.find_all(nodes.Macro)]
         bodies += [(node.body, node.lineno) for node in tree.find_all(nodes.CallBlock)]
         for body, lineno in bodies:
-            step = nodes.Call(nodes.EnvironmentAttribute("take_step"), [], [], None, None)
+            step = nodes.EnvironmentAttribute("next_step")
             body.insert(0, nodes.ExprStmt(step, lineno=lineno))
         return tree
 
-    def take_step(self) -> None:
-        """Count one iteration or call; inserted at the head of every loop and macro."""
+    @property
+    def next_step(self) -> None:
+        """Count one iteration or call; read at the head of every loop and macro.
+
+        A property with an effect, since a call would pass the sandbox's own checks, at ten times
+        the price.
+        """
         self.steps.left -= 1
         if self.steps.left < 0:
             raise TemplateTooCostly(f"it takes more than {MAX_STEPS} steps")
