@@ -14,18 +14,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvist.async_engine import AsyncLLM
     from kvist.cache.layouts import make_cache
     from kvist.core.params import SamplingParams
     from kvist.core.results import Delta, Result
     from kvist.core.retention import KeepAll, SlidingWindow
     from kvist.errors import KvistError
     from kvist.generate import generate, stream
+    from kvist.llm import LLM
     from kvist.loading.model import Model, load
     from kvist.loading.pull import pull
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "LLM": "kvist.llm",
+    "AsyncLLM": "kvist.async_engine",
     "Delta": "kvist.core.results",
     "KeepAll": "kvist.core.retention",
     "KvistError": "kvist.errors",
@@ -41,6 +45,8 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "LLM",
+    "AsyncLLM",
     "Delta",
     "KeepAll",
     "KvistError",

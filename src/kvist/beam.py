@@ -81,7 +81,9 @@ def check_beams(params: ResolvedParams) -> None:
         ("penalties", bool(params.presence_penalty or params.frequency_penalty)),
     ):
         if asked:
-            raise NotSupported(f"num_beams={params.num_beams} with {name} is not built; leave it out")
+            raise NotSupported(
+                f"num_beams={params.num_beams} does not go with {name}; leave it out"
+            )
     if params.n > params.num_beams:
         raise RequestError(f"n={params.n} is more than num_beams={params.num_beams}")
 

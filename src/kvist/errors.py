@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "ContextTooLong",
     "DownloadError",
+    "EngineDead",
     "InvariantError",
     "KvistError",
     "MissingDependency",
@@ -77,3 +78,7 @@ class UnknownLayer(CacheError):
 
 class NumericalError(KvistError):
     """NaN or infinite logits; the message names the step and the sequence."""
+
+
+class EngineDead(KvistError):
+    """The engine's thread has ended, closed or by an error; it serves no request any more."""

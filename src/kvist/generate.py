@@ -18,11 +18,12 @@ from kvist.cache import Batch, Cache, Codec, make_cache
 from kvist.cache.batch import LogitRows
 from kvist.core.ngram import prompt_lookup
 from kvist.core.params import SamplingParams
-from kvist.core.results import Delta, Result
+from kvist.core.results import Delta, Result, TokenLogprob
 from kvist.core.retention import Retention
 from kvist.errors import RequestError
 from kvist.loading.model import Model, Prompt
 from kvist.prepare import prepare
+from kvist.runner.follow import Guessed, follow
 from kvist.runner.sampler import Sampler, check_finite, logprobs_of
 from kvist.runner.step import StepFunction, model_step
 from kvist.sample import Sample
@@ -177,6 +178,8 @@ def prefill(forward: Forward, samples: Sequence[Sample], cache: Cache, chunk: in
 
     Samples of one prompt share its prefill, and its cache until their first own token.
     """
+    if chunk < 1:
+        raise RequestError(f"chunk must be at least one token, not {chunk}")
     families = [list(group) for _, group in groupby(samples, lambda s: s.prompt_index)]
     prompts = [family[0].sequence.prompt_ids for family in families]
     whole = any(sample.params.prompt_logprobs is not None for sample in samples)
@@ -204,9 +207,7 @@ def prefill(forward: Forward, samples: Sequence[Sample], cache: Cache, chunk: in
 def choose(
     sampler: Sampler, logits: Tensor, running: Sequence[Sample], guesses: Sequence[Sequence[int]]
 ) -> None:
-    """Sample the next token of each sample, and go on behind it as long as the guesses were right.
-
-    Each draw is the one that would have been made without guesses, so they change no token.
+    """Sample the next token of each sample, and those behind it that were guessed right.
 
     Args:
         sampler: knows each sample by its slot.
@@ -215,27 +216,29 @@ def choose(
         guesses: for each sample the tokens that were guessed to follow.
     """
     begins = list(accumulate((1 + len(g) for g in guesses), initial=0))
-    going, depth = list(range(len(running))), 0
-    while going:
-        rows = logits if len(going) == len(logits) else logits[[begins[i] + depth for i in going]]
-        here = [running[i] for i in going]
-        tokens = sampler.sample(
-            rows,
-            [s.slot for s in here],
-            [s.sequence.uniform() for s in here],
-            [s.sequence.banned_ids() for s in here],
+    rows = [
+        Guessed(
+            slot=sample.slot,
+            first=first,
+            drafts=drafts,
+            uniforms=(
+                ()
+                if sample.params.greedy
+                else [sample.sequence.uniform(ahead=i) for i in range(1 + len(drafts))]
+            ),
+            banned=sample.sequence.ending_ids,
+            num_banned=sample.params.min_tokens - len(sample.sequence.output_ids),
         )
-        tops = [s.params.logprobs for s in here]
-        asked = any(k is not None for k in tops)
-        logprobs = logprobs_of(rows, tokens, tops) if asked else [None] * len(tokens)
-        for sample, token, logprob in zip(here, tokens, logprobs, strict=True):
-            sample.push(token, logprob if sample.params.logprobs is not None else None)
-        going = [
-            i
-            for i, token in zip(going, tokens, strict=True)
-            if guesses[i][depth : depth + 1] == [token] and not running[i].finish_reason
-        ]
-        depth += 1
+        for sample, first, drafts in zip(running, begins, guesses, strict=False)
+    ]
+    for sample, row, tokens in zip(running, rows, follow(sampler, logits, rows), strict=True):
+        logprobs: Sequence[TokenLogprob | None] = [None] * len(tokens)
+        if sample.params.logprobs is not None:
+            behind = logits[row.first : row.first + len(tokens)]
+            logprobs = logprobs_of(behind, tokens, [sample.params.logprobs] * len(tokens))
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if not sample.finish_reason:
+                sample.push(token, logprob)
 
 
 def guess(sample: Sample, most: int, max_chunk: int | None) -> list[int]:

@@ -7,6 +7,7 @@ engine push sampled tokens in, streams and results come out. It computes nothing
 import time
 
 from kvist.core.params import ResolvedParams
+from kvist.core.record import RequestRecord
 from kvist.core.results import Delta, Result, Timings, TokenLogprob, Usage
 from kvist.core.sequence import Sequence
 from kvist.text.detokenize import Detokenizer, StopStrings
@@ -34,8 +35,11 @@ class Sample:
         self.sequence = Sequence(prompt_ids, params, eos_token_ids, sample_index)
         self.prompt_index = prompt_index
         self.slot = slot
+        self.request_id = ""  # the engine's name for its request
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.finish_reason: str | None = None
+        self.record: RequestRecord | None = None
+        self._error: str | None = None
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._stops = StopStrings(params.stop)
         self._text: list[str] = []
@@ -77,6 +81,20 @@ class Sample:
                 reason, self._stop_reason = "stop", self._stops.matched
         self.finish_reason = reason
 
+    @property
+    def stopped_by_text(self) -> bool:
+        """Whether a stop string has ended it, which nobody who sees only tokens can know."""
+        return self._stops.matched is not None
+
+    def end(self, reason: str, record: RequestRecord, error: str | None = None) -> None:
+        """The engine has let go of it; `reason` counts unless its own tokens ended it before."""
+        self.record, self._error = record, error
+        if self.finish_reason is None and self._detokenizer is not None:
+            held, _ = self._stops.push(self._detokenizer.flush())
+            self._text.append(held + self._stops.flush())
+        if self.finish_reason is None or error is not None:
+            self.finish_reason = reason
+
     def delta(self) -> Delta:
         """What has come since the last delta; with the result once it is finished."""
         (pieces, tokens), ids = self._shown, self.sequence.output_ids
@@ -85,6 +103,7 @@ class Sample:
             text="".join(self._text[pieces:]),
             token_ids=tuple(ids[tokens:]),
             logprobs=tuple(self._logprobs[tokens:]),
+            sample_index=self.sequence.sample_index,
             result=self.result() if self.finish_reason is not None else None,
         )
 
@@ -96,7 +115,7 @@ class Sample:
             text="".join(self._text),
             token_ids=tuple(output),
             finish_reason=self.finish_reason,
-            usage=Usage(len(prompt), len(output)),
+            usage=Usage(len(prompt), len(output), self.record.cached_tokens if self.record else 0),
             timings=Timings(self._first - self._began, self._last - self._first),
             logprobs=None if self.params.logprobs is None else tuple(self._logprobs),
             prompt_logprobs=(
@@ -105,4 +124,6 @@ class Sample:
             stop_reason=self._stop_reason,
             prompt_index=self.prompt_index,
             sample_index=self.sequence.sample_index,
+            record=self.record,
+            error=self._error,
         )

@@ -18,7 +18,7 @@ def sdpa_attention(q: Tensor, kv: KV, scale: float) -> Tensor:
     batch = kv.batch
     window = kv.spec.window
     sees_all = kv.in_order and (window is None or max(batch.kv_lens) <= window)
-    if batch.uniform and batch.query_lens[0] == 1 and sees_all:
+    if kv.dense_is_view and batch.uniform and batch.query_lens[0] == 1 and sees_all:
         keys, values, _ = kv.dense()
         return _decode(q, keys.transpose(1, 2), values.transpose(1, 2), None, scale)
     out = torch.empty_like(q)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvist.errors import CacheError
 
-LogitRows = Literal["last", "all", "none"]
+LogitRows = Literal["last", "all", "none"] | Sequence[int]
 
 
 def int_tensor(
@@ -69,7 +69,7 @@ class Batch:
             tokens: the new tokens of each sequence.
             cached: tokens that each sequence already has in the cache.
             device: where the tensors are made.
-            logits: each sequence's last row, all rows, or none.
+            logits: each sequence's last row, all rows, none, or the packed rows given.
             slots: storage rows; `0 .. B-1` unless given.
         """
         query_lens = tuple(len(t) for t in tokens)
@@ -78,8 +78,10 @@ class Batch:
         ends = list(accumulate(query_lens))
         if logits == "last":
             rows = [end - 1 for end, n in zip(ends, query_lens, strict=True) if n]
-        else:
+        elif isinstance(logits, str):
             rows = list(range(len(positions))) if logits == "all" else []
+        else:
+            rows = list(logits)
         flat = [token for sequence in tokens for token in sequence]
         return cls(
             token_ids=int_tensor(flat, device),

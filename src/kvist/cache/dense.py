@@ -365,6 +365,11 @@ class DenseKV:
         """Whether every sequence's key i has position i; only a layer filled late has not."""
         return not any(self._binding.cache._first[self._layer_idx])
 
+    @property
+    def dense_is_view(self) -> bool:
+        """True where nothing has to be decoded."""
+        return self._binding.cache.codec.lossless
+
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """All sequences, padded at the end; see `KV.dense`."""
         longest = max(self.batch.kv_lens, default=0)

@@ -10,6 +10,7 @@ import torch
 
 from kvist.cache.codecs import make_codec
 from kvist.cache.dense import DynamicCache, StaticCache
+from kvist.cache.paged_cache import PagedCache
 from kvist.cache.protocol import Cache, Codec
 from kvist.core.retention import Retention
 from kvist.core.spec import LayerSpec
@@ -45,7 +46,18 @@ def _static(
     )
 
 
-LAYOUTS: dict[str, LayoutFactory] = {"dynamic": _dynamic, "static": _static}
+def _paged(
+    specs: Sequence[LayerSpec],
+    codec: Codec,
+    rows: int,
+    max_length: int,
+    retention: Retention | None,
+    device: torch.device,
+) -> Cache:
+    return PagedCache(specs, codec, rows=rows, retention=retention, device=device)
+
+
+LAYOUTS: dict[str, LayoutFactory] = {"dynamic": _dynamic, "static": _static, "paged": _paged}
 
 
 def make_cache(

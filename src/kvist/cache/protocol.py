@@ -74,6 +74,10 @@ class KV(Protocol):
     def in_order(self) -> bool:
         """Whether every sequence's key i has position i, none absent."""
 
+    @property
+    def dense_is_view(self) -> bool:
+        """Whether `dense` reads in place, so that a kernel may prefer it to `sequence`."""
+
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """All sequences, padded at the end: keys, values, key positions.
 

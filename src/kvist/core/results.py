@@ -3,7 +3,9 @@
 Plain data, shared by the loop, the engine and the server. Standard library only.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from kvist.core.record import RequestRecord
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Result:
     Args:
         text: the output, without special tokens and without the stop string that ended it.
         token_ids: every token that was sampled, the one that ended it included.
-        finish_reason: "stop" (end of sequence, stop token or stop string) or "length".
+        finish_reason: "stop" (end of sequence, stop token or stop string) or "length"; from the
+            engine also "abort" and "error".
         usage: tokens taken.
         timings: seconds taken.
         logprobs: one entry for each token, if asked for.
@@ -58,6 +61,9 @@ class Result:
         stop_reason: the stop string or token id that ended it, if one did.
         prompt_index: which of the prompts it answers.
         sample_index: which of that prompt's n samples it is.
+        record: from the engine, what the cache did for it: hits by tier, why the rest missed,
+            preemptions, times.
+        error: why it failed, where `finish_reason` is "error".
     """
 
     text: str
@@ -70,6 +76,8 @@ class Result:
     stop_reason: str | int | None = None
     prompt_index: int = 0
     sample_index: int = 0
+    record: RequestRecord | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,5 +86,6 @@ class Delta:
 
     text: str
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = field(default=())
+    logprobs: tuple[TokenLogprob, ...] = ()
+    sample_index: int = 0
     result: Result | None = None

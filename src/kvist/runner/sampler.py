@@ -5,7 +5,7 @@ number from the counter (`core/rng.py`), never on its neighbours. Order: logit b
 penalties, temperature, top-k, top-p, min-p. Log-probabilities are the model's own, before all that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -22,14 +22,13 @@ class _Slot:
     """A running sequence's sampling state."""
 
     params: ResolvedParams
-    prompt_ids: tuple[int, ...]
     counts: Tensor | None = None  # [vocab], how often each token is in the output
     seen: Tensor | None = None  # [vocab] bool, in prompt or output (repetition penalty)
     bias: Tensor | None = None  # [vocab]
 
 
 class Sampler:
-    """Sampling state by slot; `sample` chooses the next token of some of them."""
+    """Sampling state by slot; `choose` takes the next token of some of them."""
 
     def __init__(self, vocab_size: int, device: str | torch.device = "cpu") -> None:
         """Make an empty sampler for logits of this width."""
@@ -37,14 +36,22 @@ class Sampler:
         self.device = torch.device(device)
         self._slots: dict[int, _Slot] = {}
 
-    def admit(self, slot: int, params: ResolvedParams, prompt_ids: tuple[int, ...]) -> None:
-        """A sequence takes this slot; its prompt counts for the repetition penalty."""
-        state = _Slot(params, prompt_ids)
+    def admit(
+        self,
+        slot: int,
+        params: ResolvedParams,
+        prompt_ids: tuple[int, ...],
+        output_ids: tuple[int, ...] = (),
+    ) -> None:
+        """A sequence takes this slot; prompt and output so far count for its penalties."""
+        state = _Slot(params)
         if params.presence_penalty or params.frequency_penalty:
-            state.counts = torch.zeros(self.vocab_size, device=self.device)
+            output = torch.tensor(output_ids, dtype=torch.long, device=self.device)
+            state.counts = output.bincount(minlength=self.vocab_size).float()
         if params.repetition_penalty != 1.0:
             state.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
-            state.seen[torch.tensor(prompt_ids, dtype=torch.long, device=self.device)] = True
+            said = torch.tensor((*prompt_ids, *output_ids), dtype=torch.long, device=self.device)
+            state.seen[said] = True
         if params.logit_bias:
             state.bias = torch.zeros(self.vocab_size, device=self.device)
             for token, bias in params.logit_bias.items():
@@ -62,25 +69,43 @@ class Sampler:
         uniforms: Rows[float],
         banned: Rows[frozenset[int]] = (),
     ) -> list[int]:
-        """Choose each row's next token and count it.
+        """`choose`, read from the device."""
+        return self.choose(logits, slots, uniforms, banned).tolist()
+
+    def choose(
+        self,
+        logits: Tensor,
+        slots: Rows[int],
+        uniforms: Rows[float],
+        banned: Rows[frozenset[int]] = (),
+        allowed: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Choose each row's next token and count it; waits for nothing on the device.
 
         Args:
             logits: `[R, vocab]` float32; not written to.
             slots: the slot of each row.
             uniforms: a number in [0, 1) for each row; unused where greedy.
             banned: ids that a row must not take (minimum tokens); empty for none.
+            allowed: row -> bool `[vocab]`, the only tokens that it may take (a grammar's).
+
+        Returns:
+            `[R]` int64.
         """
         states = [self._slots[slot] for slot in slots]
         scores = self._adjust(logits, states, banned)
+        for row, mask in (allowed or {}).items():
+            scores = scores.clone() if scores is logits else scores
+            scores[row].masked_fill_(~mask, -torch.inf)
         if all(state.params.greedy for state in states):
-            tokens = scores.argmax(dim=-1).tolist()
+            tokens = scores.argmax(dim=-1)
         else:
-            tokens = self._draw(scores, [s.params for s in states], uniforms).tolist()
-        for state, token in zip(states, tokens, strict=True):
+            tokens = self._draw(scores, [s.params for s in states], uniforms)
+        for row, state in enumerate(states):
             if state.counts is not None:
-                state.counts[token] += 1
+                state.counts[tokens[row : row + 1]] += 1
             if state.seen is not None:
-                state.seen[token] = True
+                state.seen[tokens[row : row + 1]] = True
         return tokens
 
     def _adjust(self, logits: Tensor, states: Rows[_Slot], banned: Rows[frozenset[int]]) -> Tensor:

@@ -1,0 +1,58 @@
+"""Turns "this sequence's next tokens" into a plan's row; draws the randomness that it samples with.
+
+The scheduler has decided and reserved everything before; nothing here can fail or changes state.
+"""
+
+from collections.abc import Sequence
+
+from kvist.core.plan import LAST_SAMPLED, ImageSlice, PlanRow
+from kvist.core.request import ImageSpan
+from kvist.core.state import SampleState
+
+_LAST = (LAST_SAMPLED,)
+
+
+def make_row(state: SampleState, stop: int, drafts: tuple[int, ...] = (), mask: int = 0) -> PlanRow:
+    """The row of tokens `[state.planned, stop)`, and guesses behind them.
+
+    Args:
+        state: a running sample.
+        stop: at most `state.total`; the row samples if it gets there.
+        drafts: guesses for the tokens from `stop` on; only with `stop == state.total`.
+        mask: handle of an allowed-token mask.
+    """
+    slot, start, sequence = state.slot, state.planned, state.sequence
+    assert slot is not None
+    # A sampled token that is not read yet is always the last one, and alone still to be planned.
+    tokens = _LAST if state.pending else state.keys.tokens(start, stop) + drafts
+    request = state.request
+    images = _slices(request.images, start, stop) if request.images else ()
+    targets = _prompt_targets(state, start, stop)
+    if stop < state.total:
+        return PlanRow(slot, tokens, start, False, prompt_targets=targets, images=images)
+    params, count = sequence.params, 1 + len(drafts)
+    ahead = state.pending
+    uniforms: tuple[float, ...] = ()
+    if not params.greedy:
+        uniforms = tuple([sequence.uniform(ahead=ahead + i) for i in range(count)])
+    ban = 0
+    if params.min_tokens:
+        ban = min(count, max(0, params.min_tokens - len(sequence.output_ids) - ahead))
+    return PlanRow(slot, tokens, start, True, count - 1, uniforms, ban, mask, targets, images)
+
+
+def _prompt_targets(state: SampleState, start: int, stop: int) -> tuple[int, ...]:
+    """The tokens behind the row's own, as far as they are prompt and yet to be reported."""
+    family, prompt = state.family, state.sequence.prompt_ids
+    wanted = family.request.params.prompt_logprobs is not None and not family.prompt_done
+    return prompt[start + 1 : stop + 1] if wanted else ()
+
+
+def _slices(images: Sequence[ImageSpan], start: int, stop: int) -> tuple[ImageSlice, ...]:
+    slices = []
+    for span in images:
+        # [low, high) is the part of the span under the row [start, stop).
+        low, high = max(span.start, start), min(span.stop, stop)
+        if low < high:
+            slices.append(ImageSlice(span.digest, low - span.start, low - start, high - low))
+    return tuple(slices)

@@ -1,0 +1,215 @@
+"""The engine: scheduler, block manager, pool and runner, put together; one step at a time.
+
+It speaks token ids and plain data only. `LLM` puts text and a blocking call around it, `AsyncLLM` a
+thread; neither reaches past it. One thread calls it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvist.attention import check_backend
+from kvist.cache.codecs import make_codec
+from kvist.cache.groups import LayerGroup, blocks_for, bytes_per_token, group_layers
+from kvist.cache.paged import PagedPool
+from kvist.cache.protocol import Codec
+from kvist.core.blocks import PagedBlockManager
+from kvist.core.limits import SchedulerConfig
+from kvist.core.ngram import prompt_lookup
+from kvist.core.plan import Event, Plan
+from kvist.core.protocols import Ticket
+from kvist.core.record import Snapshot
+from kvist.core.request import Request
+from kvist.core.retention import Retention
+from kvist.core.scheduler import ContinuousScheduler
+from kvist.core.tables import CacheGroup
+from kvist.errors import ConfigError
+from kvist.loading.model import Model
+from kvist.runner.memory import available_memory
+from kvist.runner.runner import PagedRunner
+from kvist.runner.step import StepFunction
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is built.
+
+    Args:
+        codec: how keys and values are written, a name in `kvist.cache.CODECS` or a codec.
+        retention: which tokens stay; all by default.
+        block_size: token places of a block, the unit of sharing.
+        max_num_seqs: sequences that run at a time.
+        max_batch_tokens: new tokens of a step, decodes and prompt chunks together.
+        max_model_len: longest prompt plus output; None is the model's own.
+        cache_memory: bytes for the cache; None takes what all sequences at full length need, at
+            most half of what is free (90 % on a GPU).
+        host_cache: bytes of host memory for blocks that fall out of the pool.
+        prefix_cache: whether computed blocks are found again by later requests.
+        speculate: guess up to this many tokens a step from what a sequence said before.
+        attention: a name in `kvist.attention.BACKENDS`, or "auto".
+        overlap: plan and launch a step before the last one was read; None: on a GPU.
+    """
+
+    codec: str | Codec = "plain"
+    retention: Retention | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 2048
+    max_model_len: int | None = None
+    cache_memory: int | None = None
+    host_cache: int = 0
+    prefix_cache: bool = True
+    speculate: int = 0
+    attention: str = "auto"
+    overlap: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that could hold nothing."""
+        for name in ("block_size", "max_num_seqs", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, not {getattr(self, name)}")
+        for name in ("host_cache", "speculate"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be >= 0, not {getattr(self, name)}")
+
+
+class Engine:
+    """Continuous batching over one paged pool.
+
+    Args:
+        model: from `kvist.load`.
+        config: sizes and choices.
+        step: a drop-in for the model's own forward.
+        mask_of: an allowed-token mask by its handle, for grammars.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig | None = None,
+        *,
+        step: StepFunction | None = None,
+        mask_of: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """Allocate the pool; everything that a step needs has its place from here on."""
+        self.model, self.config = model, config or EngineConfig()
+        config = self.config
+        self.max_length = min(config.max_model_len or model.max_length, model.max_length)
+        codec = (
+            make_codec(config.codec, model.dtype) if isinstance(config.codec, str) else config.codec
+        )
+        groups = group_layers(model.specs, config.retention)
+        size, chunk = config.block_size, min(config.max_batch_tokens, self.max_length)
+        blocks = blocks_for(
+            self._cache_memory(groups, codec, chunk),
+            groups,
+            codec,
+            block_size=size,
+            context=self.max_length,
+            chunk=chunk,
+        )
+        host = _host_blocks(config.host_cache, blocks, groups, codec, size)
+        slack = 1 + config.speculate
+        self.pool = PagedPool(
+            model.specs,
+            codec,
+            num_blocks=blocks,
+            block_size=size,
+            max_slots=config.max_num_seqs,
+            max_blocks=-(-(self.max_length + slack) // size),
+            max_tokens=config.max_batch_tokens,
+            host_blocks=host,
+            retention=config.retention,
+            device=model.device,
+        )
+        manager = PagedBlockManager(
+            [
+                CacheGroup(group.spec, num_blocks=n, host_blocks=h)
+                for group, n, h in zip(groups, blocks, host, strict=True)
+            ],
+            size,
+            prefix_cache=config.prefix_cache,
+            slack=slack,
+        )
+        self.scheduler = ContinuousScheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_batch_tokens=config.max_batch_tokens,
+                max_model_len=self.max_length,
+                max_drafts=config.speculate,
+                codec=codec.name,
+            ),
+            manager,
+            drafter=prompt_lookup if config.speculate else None,
+        )
+        self.runner = PagedRunner(
+            model.lm,
+            self.pool,
+            vocab_size=model.config.vocab_size,
+            step=step,
+            backend=check_backend(config.attention),
+            mask_of=mask_of,
+        )
+        overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
+        self._depth = 2 if overlap else 1
+        self._under_way: deque[tuple[Plan, Ticket]] = deque()
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises RequestError if it can never be served."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> list[Event]:
+        """End a request now; unknown or finished ids are ignored."""
+        return self.scheduler.abort(request_id)
+
+    def finish(self, request_id: str, sample_index: int) -> list[Event]:
+        """End one sample from outside, as a stop string does."""
+        return self.scheduler.finish(request_id, sample_index)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything left to do."""
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[Event]:
+        """Launch what can be launched, wait for the oldest step, and say what came of it."""
+        while len(self._under_way) < self._depth and self.scheduler.has_work:
+            plan = self.scheduler.schedule()
+            self._under_way.append((plan, self.runner.execute(plan)))
+        if not self._under_way:
+            return []
+        plan, ticket = self._under_way.popleft()
+        return self.scheduler.commit(plan, ticket.result())
+
+    def snapshot(self) -> Snapshot:
+        """Block map, groups, tiers, queue and hit rates, as plain data."""
+        return self.scheduler.snapshot()
+
+    def check(self) -> None:
+        """Prove the block manager's books; raises CacheError that names what is broken."""
+        self.scheduler.blocks.check()
+
+    def _cache_memory(self, groups: Sequence[LayerGroup], codec: Codec, chunk: int) -> int:
+        """Bytes for the pools: all sequences at full length, within what the machine has."""
+        config = self.config
+        if config.cache_memory is not None:
+            return config.cache_memory
+        wanted = 0
+        for group in groups:
+            paged = CacheGroup(group.spec, num_blocks=2)
+            one = paged.most_blocks(self.max_length, chunk, 1, config.block_size)
+            block = config.block_size * bytes_per_token(group, codec)
+            wanted += (1 + one * config.max_num_seqs) * block
+        share = 0.9 if self.model.device.type == "cuda" else 0.5
+        return int(min(wanted, share * available_memory(self.model.device)))
+
+
+def _host_blocks(
+    memory: int, blocks: Sequence[int], groups: Sequence[LayerGroup], codec: Codec, size: int
+) -> list[int]:
+    """Host blocks of each group: the memory divided as the pools divide theirs."""
+    sizes = [size * bytes_per_token(group, codec) for group in groups]
+    total = sum(n * block for n, block in zip(blocks, sizes, strict=True))
+    return [memory * n // total for n in blocks]

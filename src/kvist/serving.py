@@ -1,0 +1,139 @@
+"""From prompts to requests and from events to samples: the text side of the engine.
+
+`LLM` and `AsyncLLM` share it. It keeps the samples of unfinished requests, gives each event to the
+sample that it belongs to, and tells the engine where a stop string has ended one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvist.core.params import SamplingParams
+from kvist.core.plan import (
+    Event,
+    FailedEvent,
+    PromptLogprobsEvent,
+    TokenLogprobs,
+    TokensEvent,
+)
+from kvist.core.request import Request
+from kvist.core.results import TokenLogprob
+from kvist.engine import Engine
+from kvist.errors import NotSupported
+from kvist.loading.model import Model, Prompt
+from kvist.prepare import prepare
+from kvist.sample import Sample
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and the samples that it will fill."""
+
+    request: Request
+    samples: list[Sample]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples have ended, well or not."""
+        return all(sample.record is not None for sample in self.samples)
+
+
+def make_jobs(
+    model: Model,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    ids: Callable[[int], str],
+    *,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> list[Job]:
+    """Check every prompt and parameter, and make a request of each.
+
+    Args:
+        model: with tokenizer and defaults.
+        prompts: text, token ids or chat messages.
+        params: one for all, or one each.
+        ids: the request id of the prompt with this index.
+        priority: lower goes first.
+        cache_salt: prefixes are shared only among requests of the same salt.
+
+    Raises:
+        RequestError: one of them makes no sense; nothing has been queued then.
+    """
+    jobs: dict[int, list[Sample]] = {}
+    for sample in prepare(model, prompts, params):
+        if sample.params.num_beams > 1:
+            raise NotSupported(
+                f"num_beams={sample.params.num_beams} in the engine; use kvist.generate"
+            )
+        sample.request_id = ids(sample.prompt_index)
+        jobs.setdefault(sample.prompt_index, []).append(sample)
+    return [
+        Job(
+            Request(
+                samples[0].request_id,
+                samples[0].sequence.prompt_ids,
+                samples[0].params,
+                priority=priority,
+                cache_salt=cache_salt,
+                eos_token_ids=model.eos_token_ids,
+            ),
+            samples,
+        )
+        for samples in jobs.values()
+    ]
+
+
+class Desk:
+    """Unfinished jobs by request id; takes the engine's events in."""
+
+    def __init__(self, engine: Engine) -> None:
+        """The engine must be stepped by whoever owns this desk, on one thread."""
+        self.engine = engine
+        self.jobs: dict[str, Job] = {}
+
+    def add(self, job: Job) -> None:
+        """Queue a job; raises RequestError if the engine can never serve it."""
+        self.engine.add(job.request)
+        self.jobs[job.request.id] = job
+
+    def abort(self, request_id: str) -> list[Sample]:
+        """End a job now; its unfinished samples end with the reason "abort"."""
+        return self.take(self.engine.abort(request_id))
+
+    def take(self, events: Sequence[Event]) -> list[Sample]:
+        """Give each event to its sample; returns the samples that have something new."""
+        touched: list[Sample] = []
+        for event in events:
+            job = self.jobs.get(event.request_id)
+            if job is None:
+                continue
+            if isinstance(event, PromptLogprobsEvent):
+                for sample in job.samples:
+                    ids = sample.sequence.prompt_ids[event.start :]
+                    sample.prompt_logprobs += [
+                        TokenLogprob(token, one.logprob, one.top)
+                        for token, one in zip(ids, event.logprobs, strict=False)
+                    ]
+                continue
+            sample = job.samples[event.sample_index]
+            if sample not in touched:
+                touched.append(sample)
+            if isinstance(event, TokensEvent):
+                self._push(event, sample)
+                if sample.stopped_by_text:
+                    self.take(self.engine.finish(event.request_id, event.sample_index))
+                continue
+            if isinstance(event, FailedEvent):
+                sample.end("error", event.record, event.message)
+            else:
+                sample.end(event.reason, event.record)
+            if job.finished:
+                self.jobs.pop(event.request_id, None)
+        return touched
+
+    def _push(self, event: TokensEvent, sample: Sample) -> None:
+        logprobs: Sequence[TokenLogprobs | None] = event.logprobs or [None] * len(event.tokens)
+        for token, one in zip(event.tokens, logprobs, strict=True):
+            if not sample.finish_reason:
+                found = None if one is None else TokenLogprob(token, one.logprob, one.top)
+                sample.push(token, found)
