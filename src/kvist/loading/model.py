@@ -4,8 +4,10 @@ A `Model` is the language model plus its tokenizer, chat template and defaults. 
 any conversation: caches and requests stand beside it, so one model serves any number of them.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,20 @@ class Model:
         if not ids and self.tokenizer is not None:
             ids = token_ids(self.tokenizer.eos_token_id)
         return frozenset(ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the weights that computed a cache: configuration, dtype and a sample of each.
+
+        Two models with equal fingerprints compute the same keys and values, so a saved cache or
+        prefix of the one serves the other.
+        """
+        digest = hashlib.sha256(f"{self.config} {self.dtype}".encode())
+        for name, weight in self.lm.named_parameters():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)} {sample.tolist()}".encode())
+        return digest.hexdigest()[:32]
 
     def require_tokenizer(self) -> "Tokenizer":
         """The tokenizer; raises RequestError where the checkpoint has none."""
