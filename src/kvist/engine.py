@@ -150,6 +150,7 @@ class Engine:
             vocab_size=model.config.vocab_size,
             step=step,
             backend=check_backend(config.attention),
+            encode=None if model.vision is None else self._encode,
             mask_of=mask_of,
         )
         overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
@@ -190,6 +191,11 @@ class Engine:
     def check(self) -> None:
         """Prove the block manager's books; raises CacheError that names what is broken."""
         self.scheduler.blocks.check()
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """One picture's tile `[3, H, W]` -> `[tokens, hidden]`."""
+        assert self.model.vision is not None
+        return self.model.vision.encode_images(pixels[None])[0]
 
     def _cache_memory(self, groups: Sequence[LayerGroup], codec: Codec, chunk: int) -> int:
         """Bytes for the pools: all sequences at full length, within what the machine has."""

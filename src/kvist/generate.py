@@ -23,6 +23,7 @@ from kvist.core.retention import Retention
 from kvist.errors import RequestError
 from kvist.loading.model import Model, Prompt
 from kvist.prepare import prepare
+from kvist.runner.encoder_cache import with_images
 from kvist.runner.follow import Guessed, follow
 from kvist.runner.sampler import Sampler, check_finite, logprobs_of
 from kvist.runner.step import StepFunction, model_step
@@ -30,7 +31,8 @@ from kvist.sample import Sample
 
 DEFAULT_CHUNK = 2048
 
-Forward = Callable[[Sequence[Sequence[int]], LogitRows], tuple[Batch, Tensor]]
+# What each row of the cache belongs to, its new tokens, and which logits are wanted.
+Forward = Callable[[Sequence[Sample], Sequence[Sequence[int]], LogitRows], tuple[Batch, Tensor]]
 
 
 def generate(
@@ -136,8 +138,12 @@ def decode(
     for sample in samples:
         sampler.admit(sample.slot, sample.params, sample.sequence.prompt_ids)
 
-    def forward(tokens: Sequence[Sequence[int]], logits: LogitRows) -> tuple[Batch, Tensor]:
+    def forward(
+        rows: Sequence[Sample], tokens: Sequence[Sequence[int]], logits: LogitRows
+    ) -> tuple[Batch, Tensor]:
         batch = Batch.pack(tokens, cache.lengths, device=model.device, logits=logits)
+        if model.images is not None:
+            batch = with_images(batch, model.lm, [row.images for row in rows], model.images)
         scores = step(batch, cache.bind(batch, backend=backend))
         cache.commit(batch)  # only a step that went through counts
         return batch, scores
@@ -145,7 +151,8 @@ def decode(
     # Prefill: the prompts' tokens all at once, compute-bound.
     logits = prefill(forward, samples, cache, chunk)
     if samples[0].params.num_beams > 1:
-        beam_search(lambda new: forward(new, "last")[1], logits[0], cache, samples)
+        beams = partial(_continue, forward, samples[0])
+        beam_search(beams, logits[0], cache, samples)
         return
     running, steps = list(samples), 0
     guesses: list[list[int]] = [[] for _ in samples]
@@ -169,7 +176,7 @@ def decode(
         else:
             cache.reset()
             new = [[*s.sequence.prompt_ids, *s.sequence.output_ids] for s in running]
-        _, logits = forward(new, "all" if any(guesses) else "last")
+        _, logits = forward(running, new, "all" if any(guesses) else "last")
         steps += 1
 
 
@@ -181,14 +188,15 @@ def prefill(forward: Forward, samples: Sequence[Sample], cache: Cache, chunk: in
     if chunk < 1:
         raise RequestError(f"chunk must be at least one token, not {chunk}")
     families = [list(group) for _, group in groupby(samples, lambda s: s.prompt_index)]
-    prompts = [family[0].sequence.prompt_ids for family in families]
+    first = [family[0] for family in families]
+    prompts = [sample.sequence.prompt_ids for sample in first]
     whole = any(sample.params.prompt_logprobs is not None for sample in samples)
     chunk = min(chunk, cache.max_chunk or chunk)
     last: dict[int, Tensor] = {}
     while any(cached < len(p) for cached, p in zip(cache.lengths, prompts, strict=True)):
         starts = cache.lengths
         parts = [p[n : n + chunk] for n, p in zip(starts, prompts, strict=True)]
-        batch, logits = forward(parts, "all" if whole else "last")
+        batch, logits = forward(first, parts, "all" if whole else "last")
         rows = iter(logits)
         for i, (part, (begin, end)) in enumerate(zip(parts, batch.query_spans, strict=True)):
             if part and whole:
@@ -239,6 +247,11 @@ def choose(
         for token, logprob in zip(tokens, logprobs, strict=True):
             if not sample.finish_reason:
                 sample.push(token, logprob)
+
+
+def _continue(forward: Forward, sample: Sample, new: Sequence[Sequence[int]]) -> Tensor:
+    """One more token of each beam of a sample."""
+    return forward([sample] * len(new), new, "last")[1]
 
 
 def guess(sample: Sample, most: int, max_chunk: int | None) -> list[int]:

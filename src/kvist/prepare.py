@@ -25,7 +25,8 @@ def prepare(
         raise RequestError("prompts is empty; give at least one")
     samples: list[Sample] = []
     for index, (prompt, asked) in enumerate(zip(prompts, params_for(prompts, params), strict=True)):
-        ids = model.encode(prompt)
+        prepared = model.prepare(prompt)
+        ids = prepared.token_ids
         resolved = asked.resolve(model.generation_config)
         if resolved.num_beams > 1:
             check_beams(resolved)
@@ -53,6 +54,7 @@ def prepare(
                 prompt_index=index,
                 sample_index=i,
                 slot=len(samples) + i,
+                images=prepared.spans,
             )
             for i in range(resolved.n)
         ]

@@ -8,6 +8,7 @@ import time
 
 from kvist.core.params import ResolvedParams
 from kvist.core.record import RequestRecord
+from kvist.core.request import ImageSpan
 from kvist.core.results import Delta, Result, Timings, TokenLogprob, Usage
 from kvist.core.sequence import Sequence
 from kvist.text.detokenize import Detokenizer, StopStrings
@@ -27,14 +28,16 @@ class Sample:
         prompt_index: int = 0,
         sample_index: int = 0,
         slot: int = 0,
+        images: tuple[ImageSpan, ...] = (),
     ) -> None:
         """A sample that has its prompt and nothing else yet; the clock starts here.
 
-        `slot` is where the sampler keeps what it needs to know of it.
+        `slot` is where the sampler keeps what it needs to know of it, `images` are its prompt's.
         """
         self.sequence = Sequence(prompt_ids, params, eos_token_ids, sample_index)
         self.prompt_index = prompt_index
         self.slot = slot
+        self.images = images
         self.request_id = ""  # the engine's name for its request
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.finish_reason: str | None = None

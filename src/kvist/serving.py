@@ -73,6 +73,7 @@ def make_jobs(
                 samples[0].request_id,
                 samples[0].sequence.prompt_ids,
                 samples[0].params,
+                samples[0].images,
                 priority=priority,
                 cache_salt=cache_salt,
                 eos_token_ids=model.eos_token_ids,

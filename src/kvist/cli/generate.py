@@ -37,6 +37,13 @@ def command(
         str | None,
         typer.Option(help="The prompt as token ids: 1,2,3.", show_default=False),
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A picture for a vision-language model: a path; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[
         str | None, typer.Option(help="A system message for the chat template.", show_default=False)
     ] = None,
@@ -154,7 +161,7 @@ def command(
         logprobs=logprobs,
         repetition_penalty=repetition_penalty,
     )
-    asked = _prompt(loaded, prompt, token_ids, system, raw)
+    asked = _prompt(loaded, prompt, token_ids, system, raw, image or [])
     samples = prepare(loaded, [asked], params)
     retention = None if window is None else SlidingWindow(window, sinks)
     store = open_cache(loaded, samples, cache, codec, retention)
@@ -179,9 +186,18 @@ def command(
 
 
 def _prompt(
-    model: "Model", prompt: str | None, token_ids: str | None, system: str | None, raw: bool
+    model: "Model",
+    prompt: str | None,
+    token_ids: str | None,
+    system: str | None,
+    raw: bool,
+    images: list[str],
 ) -> "Prompt":
+    if images and model.processor is None:
+        raise RequestError(f"{model.name} takes no pictures; leave --image out")
     if token_ids is not None:
+        if images:
+            raise RequestError("--image goes with a prompt in words, not with --token-ids")
         try:
             return [int(token) for token in token_ids.split(",")]
         except ValueError as error:
@@ -189,10 +205,15 @@ def _prompt(
     assert prompt is not None
     templated = model.tokenizer is not None and model.tokenizer.chat_template is not None
     if raw or not templated:
-        if system is not None:
-            raise RequestError("--system needs a chat template, which is not used here")
+        if system is not None or images:
+            option = "--image" if images else "--system"
+            raise RequestError(f"{option} needs a chat template, which is not used here")
         return prompt
-    messages = [{"role": "user", "content": prompt}]
+    content: Any = prompt
+    if images:
+        pictures = [{"type": "image", "image": path} for path in images]
+        content = [*pictures, {"type": "text", "text": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return messages

@@ -20,6 +20,10 @@ from kvist.models.decoder import Decoder
 from kvist.models.registry import family_of
 
 if TYPE_CHECKING:
+    from kvist.loading.checkpoint import Checkpoint
+    from kvist.loading.image_prompt import ImageProcessor, PreparedPrompt
+    from kvist.models.nanovlm import VisionLanguageModel
+    from kvist.runner.encoder_cache import EncodedImages
     from kvist.text.tokenizer import Tokenizer
 
 DTYPES = {
@@ -43,6 +47,9 @@ class Model:
         generation_config: the model's defaults for sampling.
         dtype: of its weights and activations.
         device: where it runs.
+        vision: of a vision-language model, the whole of it; `lm` is its language model.
+        processor: turns prompts with pictures into tokens and spans.
+        images: encoded pictures by their content, bounded in bytes.
     """
 
     name: str
@@ -51,6 +58,9 @@ class Model:
     dtype: torch.dtype
     device: torch.device
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    vision: "VisionLanguageModel | None" = None
+    processor: "ImageProcessor | None" = None
+    images: "EncodedImages | None" = None
 
     @property
     def config(self) -> DecoderConfig:
@@ -95,6 +105,18 @@ class Model:
             raise RequestError(f"{self.name} has no tokenizer; give the prompt as token ids")
         return self.tokenizer
 
+    def prepare(self, prompt: Prompt, **template: Any) -> "PreparedPrompt":
+        """A prompt's token ids, and where its pictures' embeddings go; arguments as in `encode`.
+
+        Pictures are content parts of chat messages, `{"type": "image", "image": picture}`: a path,
+        bytes, a data URL or a PIL image.
+        """
+        from kvist.loading.image_prompt import PreparedPrompt
+
+        if self.processor is None or (isinstance(prompt, Sequence) and not _is_chat(prompt)):
+            return PreparedPrompt(self.encode(prompt, **template), ())
+        return self.processor.prepare(prompt, **template)
+
     def encode(self, prompt: Prompt, **template: Any) -> tuple[int, ...]:
         """A prompt's token ids.
 
@@ -112,7 +134,7 @@ class Model:
             raise RequestError(
                 f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}"
             )
-        elif prompt and isinstance(prompt[0], Mapping):
+        elif _is_chat(prompt):
             ids = self.require_tokenizer().encode(self.render_chat(prompt, **template))
         else:
             ids = list(prompt)  # type: ignore[arg-type]
@@ -167,15 +189,17 @@ def load(
     """
     from kvist.loading.checkpoint import load_into, open_checkpoint, random_weights
     from kvist.loading.hub import resolve
+    from kvist.models.nanovlm import is_nanovlm
     from kvist.text.tokenizer import find_tokenizer
 
     where = _device(device)
     checkpoint = open_checkpoint(resolve(str(path_or_name)), weights=not dummy)
-    family = family_of(checkpoint.config)
-    config = family.read(checkpoint.config)
     kind = _dtype(dtype, checkpoint.config, where)
+    if is_nanovlm(checkpoint.config):
+        return _load_vision(str(path_or_name), checkpoint, kind, where, dummy=dummy, seed=seed)
+    family = family_of(checkpoint.config)
     with torch.device("meta"):
-        lm = family.build(config)
+        lm = family.build(family.read(checkpoint.config))
     if dummy:
         random_weights(lm, dtype=kind, device=where, seed=seed)
     else:
@@ -188,6 +212,38 @@ def load(
         device=where,
         generation_config=checkpoint.generation_config,
     )
+
+
+def _load_vision(
+    name: str,
+    checkpoint: "Checkpoint",
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dummy: bool,
+    seed: int,
+) -> Model:
+    """A vision-language model in nanoVLM's format."""
+    from kvist.loading.nanovlm import load_nanovlm
+    from kvist.runner.encoder_cache import EncodedImages
+
+    loaded = load_nanovlm(checkpoint, dtype=dtype, device=device, dummy=dummy, seed=seed)
+    return Model(
+        name=name,
+        lm=loaded.model.language,
+        tokenizer=loaded.tokenizer,
+        dtype=dtype,
+        device=device,
+        generation_config=checkpoint.generation_config,
+        vision=loaded.model,
+        processor=loaded.processor,
+        images=EncodedImages(loaded.model.encode_images),
+    )
+
+
+def _is_chat(prompt: Sequence[Any]) -> bool:
+    """Whether a prompt is chat messages."""
+    return bool(prompt) and not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
 
 
 def _ignorable(name: str) -> bool:

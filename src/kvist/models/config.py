@@ -183,8 +183,8 @@ def flag(config: JSON, name: str) -> bool:
 
 
 def positive(config: JSON, name: str, default: int | None = None) -> int:
-    """A field that must be a whole number over zero."""
+    """A field that must be a whole number over zero, and of this world."""
     value = value_of(config, name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
         raise ConfigError(f"config.json: {name} must be a whole number >= 1, not {value!r}")
     return value

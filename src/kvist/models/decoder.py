@@ -125,7 +125,10 @@ class Transformer(nn.Module):
     def __init__(self, config: DecoderConfig, make_mlp: Callable[[int], nn.Module]) -> None:
         """`make_mlp(layer_idx)` gives each layer its MLP (dense, or a mixture of experts)."""
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # From an empty tensor: to draw random numbers for one on the meta device, torch imports
+        # its compiler, which takes longer than to load a small model.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, i, make_mlp(i)) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope)

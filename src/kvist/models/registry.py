@@ -40,6 +40,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if name is None:
         raise ConfigError("config.json lacks 'model_type', so there is no telling what to build")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise NotSupported(f"model_type {name!r}; kvist runs {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]

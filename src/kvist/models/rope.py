@@ -155,7 +155,9 @@ def _yarn_ramp(rope: RopeConfig) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rope.head_dim - 1)
     pairs = torch.arange(rope.head_dim // 2, dtype=torch.float32)
-    return ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+    # A range turned over by the clamping above keeps every frequency, as in transformers.
+    width = (last - first) or 0.001
+    return ((pairs - first) / width).clamp(0, 1)
 
 
 class RotaryEmbedding(nn.Module):

@@ -16,6 +16,7 @@ from kvist.cache.paged import PagedPool
 from kvist.core.plan import LAST_SAMPLED, Plan, PlanRow, RowOutput, StepOutput, TokenLogprobs
 from kvist.core.results import TokenLogprob
 from kvist.models.decoder import CausalLM
+from kvist.runner.encoder_cache import place_images
 from kvist.runner.follow import Guessed, follow
 from kvist.runner.sampler import Sampler, logprobs_of
 from kvist.runner.step import StepFunction, model_step
@@ -48,7 +49,7 @@ class PagedRunner:
         vocab_size: int,
         step: StepFunction | None = None,
         backend: str | None = None,
-        encode: Callable[[object], Tensor] | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
         mask_of: Callable[[int], Tensor] | None = None,
     ) -> None:
         """Take the pool over; nobody else may bind it from here on."""
@@ -118,13 +119,12 @@ class PagedRunner:
 
     def _embed(self, batch: Batch, rows: Sequence[PlanRow]) -> Tensor:
         """The tokens' embeddings, with the slices of images in their places."""
-        embeddings = self.lm.embed(batch.token_ids).clone()
-        for row, (begin, _) in zip(rows, batch.query_spans, strict=True):
-            for part in row.images:
-                at = begin + part.row_offset
-                image = self._images[part.digest][part.offset : part.offset + part.length]
-                embeddings[at : at + part.length] = image.to(embeddings.dtype)
-        return embeddings
+        slices = [
+            part._replace(row_offset=begin + part.row_offset)
+            for row, (begin, _) in zip(rows, batch.query_spans, strict=True)
+            for part in row.images
+        ]
+        return place_images(self.lm.embed(batch.token_ids), slices, self._images)
 
     def _sample(
         self, rows: Sequence[PlanRow], logits: Tensor, samples: Sequence[range]
