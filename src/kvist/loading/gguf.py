@@ -7,7 +7,7 @@ architecture's tensors and metadata are called on either side. A new architectur
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Architecture:
     interleaved_rope: bool
     layer_tensors: Mapping[str, str]
     """GGUF's name inside `blk.N.` -> the hub's inside `model.layers.N.`"""
+    expert_tensors: Mapping[str, str] = field(default_factory=dict)
+    """The same for tensors that hold all experts, one behind the other -> a name with `{}`."""
 
 
 _LLAMA_LAYER = {
@@ -49,10 +51,20 @@ _QWEN3_LAYER = _LLAMA_LAYER | {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
+_MOE_LAYER = {name: hub for name, hub in _QWEN3_LAYER.items() if not name.startswith("ffn_")} | {
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.gate",
+}
+_EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", True, _LLAMA_LAYER),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False, _QWEN3_LAYER),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", False, _MOE_LAYER, _EXPERTS),
 }
 
 _TOP_TENSORS = {
@@ -104,9 +116,12 @@ class GGUFCheckpoint:
         file = read_gguf(path)
         architecture = _architecture(file)
         config = _config(file, architecture)
-        tensors = {_hub_name(name, architecture): info for name, info in file.tensors.items()}
-        if len(tensors) != len(file.tensors):
-            raise CheckpointError(f"{path}: two tensors have the same meaning")
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in file.tensors.items():
+            meant = _hub_tensors(path, info, architecture)
+            if tensors.keys() & meant.keys():
+                raise CheckpointError(f"{path}: another tensor has the same meaning as {name!r}")
+            tensors |= meant
         row_heads = {}
         if architecture.interleaved_rope:
             heads = {
@@ -194,6 +209,28 @@ class GGUFCheckpoint:
         return torch.from_numpy(halves.numpy().reshape(num_rows, -1))
 
 
+def _hub_tensors(
+    path: Path, info: TensorInfo, architecture: Architecture
+) -> dict[str, TensorInfo]:
+    """A tensor of the file by its name in the hub; one that holds all experts, expert by expert."""
+    stem, _, suffix = info.name.rpartition(".")
+    prefix, _, rest = stem.partition(".")
+    index, _, part = rest.partition(".")
+    if prefix != "blk" or not index.isdecimal() or part not in architecture.expert_tensors:
+        return {_hub_name(info.name, architecture): info}
+    if len(info.shape) != 3:
+        raise CheckpointError(f"{path}: tensor {info.name!r} is not [experts, rows, columns]")
+    count, one = info.shape[0], info.nbytes // info.shape[0]
+    pattern = f"model.layers.{int(index)}.{architecture.expert_tensors[part]}.{suffix}"
+    # Expert e lies at [offset + e * one, offset + (e + 1) * one).
+    return {
+        pattern.format(e): replace(
+            info, shape=info.shape[1:], offset=info.offset + e * one, nbytes=one
+        )
+        for e in range(count)
+    }
+
+
 def _hub_name(name: str, architecture: Architecture) -> str:
     """The hub's name; a tensor that the architecture does not have keeps its own."""
     stem, _, suffix = name.rpartition(".")
@@ -218,7 +255,7 @@ def _architecture(file: GGUFFile) -> Architecture:
             f"{file.path}: one part of a split GGUF; join the parts with "
             "`llama-gguf-split --merge` first"
         )
-    if file.metadata.get(f"{name}.expert_count", 0):
+    if file.metadata.get(f"{name}.expert_count", 0) and not ARCHITECTURES[name].expert_tensors:
         raise NotSupported(f"{file.path}: a mixture of experts under the architecture {name!r}")
     if "rope_freqs.weight" in file.tensors:
         raise NotSupported(
@@ -287,6 +324,16 @@ def _config(file: GGUFFile, architecture: Architecture) -> dict[str, Any]:
     }
     if "blk.0.ffn_gate.bias" in tensors:
         config["mlp_bias"] = True
+    if architecture.expert_tensors:
+        # llama.cpp always scales the chosen experts' weights to one, and has experts everywhere.
+        config |= {
+            "num_experts": whole("expert_count"),
+            "num_experts_per_tok": whole("expert_used_count"),
+            "moe_intermediate_size": whole("expert_feed_forward_length"),
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     scaling = find("rope.scaling.type")
     if scaling not in (None, "none"):
         config["rope_scaling"] = {
