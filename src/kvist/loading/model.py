@@ -20,6 +20,7 @@ from kvist.models.decoder import Decoder
 from kvist.models.registry import family_of
 
 if TYPE_CHECKING:
+    from kvist.cache.protocol import Codec
     from kvist.loading.checkpoint import Checkpoint
     from kvist.loading.image_prompt import ImageProcessor, PreparedPrompt
     from kvist.models.nanovlm import VisionLanguageModel
@@ -98,6 +99,12 @@ class Model:
             sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
             digest.update(f"{name} {tuple(weight.shape)} {sample.tolist()}".encode())
         return digest.hexdigest()[:32]
+
+    def codec(self, name: str) -> "Codec":
+        """A codec for this model's cache, by name; raises CacheError where there is none."""
+        from kvist.cache.codecs import make_codec
+
+        return make_codec(name, self.dtype)
 
     def require_tokenizer(self) -> "Tokenizer":
         """The tokenizer; raises RequestError where the checkpoint has none."""

@@ -1,0 +1,52 @@
+"""Pictures of reports; matplotlib is an extra, asked for by name where it is missing."""
+
+from pathlib import Path
+from typing import Any
+
+from kvist.errors import MissingDependency
+from kvist.reports.quality import Quality
+
+
+def pyplot() -> Any:
+    """Matplotlib without a screen.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise MissingDependency("a plot needs matplotlib: pip install 'kvist[plots]'") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def plot_quality(quality: Quality, path: Path) -> None:
+    """Quality against bytes: the perplexity change of each codec over its bits per value."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140)
+    shown = [c for c in quality.codecs if c.codec != "plain"]
+    for codec in shown:
+        change, error = 100 * codec.perplexity_change, 100 * codec.standard_error
+        axes.errorbar(codec.bits_per_value, change, yerr=error, fmt="o", capsize=3, markersize=7)
+        axes.annotate(
+            f"{codec.codec}\n{codec.bytes_per_token:,} B/token",
+            (codec.bits_per_value, change),
+            xytext=(8, 6),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    plain = next((c for c in quality.codecs if c.codec == "plain"), None)
+    note = "" if plain is None else f"; plain: {plain.bits_per_value:.0f} bits"
+    axes.set_xlabel(f"bits per value of the cache{note}")
+    axes.set_ylabel("perplexity change, %")
+    tokens = shown[0].tokens if shown else 0
+    axes.set_title(f"{quality.model}: cost of a compressed cache, {tokens:,} tokens", fontsize=10)
+    axes.margins(x=0.15, y=0.2)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,235 @@
+"""`kvist quality`: what a lossy codec costs, measured on text, never claimed.
+
+Each window of text is run once with the plain cache and once with each codec, and the two are
+compared token by token: they differ in nothing but the codec, so the differences are paired and
+their standard error is small. What attention sees is always `decode(encode(x))`, so one forward
+over a window measures what generation with that cache would meet.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvist.cache import Batch, Codec, make_cache
+from kvist.cache.groups import bytes_per_token, group_layers
+from kvist.errors import RequestError
+from kvist.loading.model import Model
+
+ROWS = 256  # rows of logits at a time: a vocabulary is wide
+
+
+@dataclass(frozen=True)
+class CodecQuality:
+    """One codec against the plain cache.
+
+    Args:
+        codec: its name.
+        tokens: tokens that were predicted.
+        perplexity: on the text.
+        perplexity_change: relative to the plain cache, 0.01 = 1 % worse.
+        standard_error: of that change, over windows.
+        kl: mean Kullback-Leibler divergence, nats, of this cache's distribution from the plain's.
+        top1: share of places where both find the same token likeliest.
+        bits_per_value: bits of cache for each number of keys and values, all planes included.
+        bytes_per_token: bytes of cache for a token, all layers.
+    """
+
+    codec: str
+    tokens: int
+    perplexity: float
+    perplexity_change: float
+    standard_error: float
+    kl: float
+    top1: float
+    bits_per_value: float
+    bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a codec costs if one layer alone is written with it."""
+
+    layer: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A whole measurement; `advice` in sentences."""
+
+    model: str
+    window: int
+    windows: int
+    codecs: tuple[CodecQuality, ...]
+    layers: tuple[Sensitivity, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def windows_of(token_ids: Sequence[int], window: int, most: int | None = None) -> list[list[int]]:
+    """Whole windows of a text, none shared.
+
+    Raises:
+        RequestError: the text does not fill one.
+    """
+    count = len(token_ids) // window
+    if not count:
+        raise RequestError(
+            f"the text has {len(token_ids)} tokens, fewer than one window of {window}"
+        )
+    count = count if most is None else min(count, most)
+    return [list(token_ids[i * window : (i + 1) * window]) for i in range(count)]
+
+
+@torch.inference_mode()
+def measure(
+    model: Model,
+    windows: Sequence[Sequence[int]],
+    codecs: Sequence[str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[CodecQuality]:
+    """Each codec on each window, paired with the plain cache.
+
+    Args:
+        model: the model.
+        windows: token ids, at least two in each.
+        codecs: names, as `make_codec` takes them.
+        progress: told how many of how many forwards are done.
+    """
+    made = {name: model.codec(name) for name in codecs}
+    sums = {name: _Sums() for name in codecs}
+    total, done = len(windows) * (1 + len(codecs)), 0
+    for window in windows:
+        plain = _hidden(model, window, model.codec("plain"))
+        done += 1
+        progress(done, total)
+        for name, codec in made.items():
+            hidden = plain if name == "plain" else _hidden(model, window, codec)
+            sums[name].add(_compare(model, plain, hidden, window))
+            done += 1
+            progress(done, total)
+    return [sums[name].result(name, codec, model) for name, codec in made.items()]
+
+
+@torch.inference_mode()
+def sensitivity(
+    model: Model,
+    windows: Sequence[Sequence[int]],
+    codec: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Sensitivity]:
+    """The KL of each layer alone in `codec`, the others plain."""
+    layers, found = len(model.specs), []
+    plain = [_hidden(model, window, model.codec("plain")) for window in windows]
+    for layer in range(layers):
+        alone = model.codec(f"plain,{layer}={codec}")
+        total, count = 0.0, 0
+        for window, reference in zip(windows, plain, strict=True):
+            compared = _compare(model, reference, _hidden(model, window, alone), window)
+            total, count = total + compared.kl, count + compared.tokens
+        found.append(Sensitivity(layer, total / count))
+        progress(layer + 1, layers)
+    return found
+
+
+def advise(codec: str, layers: Sequence[Sensitivity], better: str = "int8") -> list[str]:
+    """Which layers deserve more bits: those that cost several times what the middle one does."""
+    ordered = sorted(found.kl for found in layers)
+    middle, whole = ordered[len(ordered) // 2], sum(ordered)
+    costly = [found.layer for found in layers if found.kl > 4 * middle and found.kl > 0.05 * whole]
+    if not costly or not whole:
+        return [f"{codec}: no layer stands out; more bits for single layers would gain little."]
+    share = sum(found.kl for found in layers if found.layer in costly) / whole
+    setting = ",".join([codec, *(f"{layer}={better}" for layer in costly)])
+    count = _plural(len(costly), "layer")
+    cause = f"{codec}: {count} of {len(layers)} cause {share:.0%} of the loss"
+    return [f'{cause}; codec="{setting}" spends {better} on them alone.']
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _hidden(model: Model, window: Sequence[int], codec: Codec) -> Tensor:
+    """`[len(window), hidden]` after the last norm."""
+    cache = make_cache(
+        model.specs,
+        layout="static",
+        codec=codec,
+        max_length=len(window),
+        dtype=model.dtype,
+        device=model.device,
+    )
+    batch = Batch.pack([window], [0], device=model.device, logits="none")
+    return model.lm.forward(model.lm.embed(batch.token_ids), batch.positions, cache.bind(batch))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Sums over one window's places."""
+
+    tokens: int
+    nll: float
+    plain_nll: float
+    kl: float
+    agree: int
+
+
+def _compare(model: Model, plain: Tensor, hidden: Tensor, window: Sequence[int]) -> _Compared:
+    following = torch.tensor(window[1:], device=model.device)
+    nll = plain_nll = kl = 0.0
+    agree = 0
+    for start in range(0, len(following), ROWS):
+        # The row at place i predicts the token at i + 1.
+        rows = slice(start, min(start + ROWS, len(following)))
+        p = torch.log_softmax(model.lm.logits(plain[rows]), dim=-1)
+        q = p if hidden is plain else torch.log_softmax(model.lm.logits(hidden[rows]), dim=-1)
+        target = following[rows, None]
+        plain_nll -= float(p.gather(1, target).sum(dtype=torch.float64))
+        nll -= float(q.gather(1, target).sum(dtype=torch.float64))
+        kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return _Compared(len(following), nll, plain_nll, kl, agree)
+
+
+class _Sums:
+    """What is gathered over windows."""
+
+    def __init__(self) -> None:
+        self._windows: list[_Compared] = []
+
+    def add(self, compared: _Compared) -> None:
+        self._windows.append(compared)
+
+    def result(self, name: str, codec: Codec, model: Model) -> CodecQuality:
+        found = self._windows
+        tokens = sum(w.tokens for w in found)
+        changes = [(w.nll - w.plain_nll) / w.tokens for w in found]
+        mean = sum(changes) / len(changes)
+        spread = sum((c - mean) ** 2 for c in changes) / max(1, len(changes) - 1)
+        error = math.sqrt(spread / len(changes))
+        per_token = sum(bytes_per_token(group, codec) for group in group_layers(model.specs))
+        values = sum(2 * spec.num_kv_heads * spec.head_dim for spec in attention_specs(model))
+        return CodecQuality(
+            codec=name,
+            tokens=tokens,
+            perplexity=math.exp(sum(w.nll for w in found) / tokens),
+            perplexity_change=math.expm1(mean),
+            standard_error=math.exp(mean) * error,
+            kl=sum(w.kl for w in found) / tokens,
+            top1=sum(w.agree for w in found) / tokens,
+            bits_per_value=8 * per_token / values,
+            bytes_per_token=per_token,
+        )
+
+
+def attention_specs(model: Model) -> Iterator[Any]:
+    """The specs of the layers that keep keys and values."""
+    return (spec for spec in model.specs if hasattr(spec, "num_kv_heads"))
