@@ -1,15 +1,15 @@
 """What all tests share: one thread, the reference checkpoints, and SmolLM2 where it was pulled."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CHECKPOINTS, Reference, reference
 
 import kvist
 from kvist.loading.hub import pulled_path
+from tiny_models import CHECKPOINTS, Reference, reference
 
 SMOLLM2 = "smollm2-135m"
 _skipped = pytest.StashKey[int]()
@@ -61,6 +61,6 @@ def copy_of(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Iterator[kvist.Model]:
+def smollm2() -> kvist.Model:
     """SmolLM2-135M-Instruct; tests that ask for it are marked `smollm2`."""
-    yield kvist.load(SMOLLM2)
+    return kvist.load(SMOLLM2)

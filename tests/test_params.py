@@ -1,4 +1,4 @@
-"""Sampling parameters: what makes no sense is refused by name, what is left open is settled once."""
+"""Sampling parameters: nonsense is refused by name, and what is left open is settled once."""
 
 import math
 import pickle
@@ -102,7 +102,8 @@ def test_later_changes_to_what_was_passed_in_do_not_reach_the_parameters() -> No
     stop.append("b")
     ids.append(2)
     bias[3] = 4.0
-    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("a",), (1,), {2: 3.0})
+    kept = (params.stop, params.stop_token_ids, params.logit_bias)
+    assert kept == (("a",), (1,), {2: 3.0})
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_open_fields_take_the_models_defaults_then_the_usual_ones(
     given: dict[str, Any], file: dict[str, Any], expected: tuple[float, ...]
 ) -> None:
     settled = SamplingParams(**given).resolve(file)
-    assert (settled.temperature, settled.top_k, settled.top_p, settled.min_p) == expected
     assert settled.greedy == (expected[0] == 0)
+    assert (settled.temperature, settled.top_k, settled.top_p, settled.min_p) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Randomness is a counter: what a seed gives is fixed for good, uniform, and free of order."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_sampler import chi_square, chi_square_limit
 
 from kvist.core.rng import Purpose, fresh_seed, uniform
+from slow_sampler import chi_square, chi_square_limit
 
 # A seed that someone wrote down must give the same text in every later version.
 GOLDEN = {
@@ -38,7 +40,9 @@ def test_seeds_keep_their_meaning(place: tuple[int, int, int, Purpose]) -> None:
         pytest.param(lambda i: (7, 0, i, Purpose.ACCEPT), id="another_purpose"),
     ],
 )
-def test_draws_are_uniform_and_neighbours_independent(along) -> None:
+def test_draws_are_uniform_and_neighbours_independent(
+    along: Callable[[int], tuple[int, int, int, Purpose]],
+) -> None:
     draws = [uniform(*along(i)) for i in range(DRAWS)]
     bins, grid = [0] * 64, [0] * 256
     for draw in draws:

@@ -11,18 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_sampler import chi_square, chi_square_limit, distribution, draw
 from torch import Tensor
 
 from kvist import SamplingParams
 from kvist.core.rng import uniform
 from kvist.errors import NumericalError
 from kvist.runner.sampler import Sampler, check_finite, logprobs_of
+from slow_sampler import chi_square, chi_square_limit, distribution, draw
 
 VOCAB = 13
-GRID = 300
+GRID = 200
 
-logits_ = st.lists(st.floats(-12, 12, width=32), min_size=VOCAB, max_size=VOCAB, unique=True)
+# Sixteenths: two that float32 cannot tell apart would be a tie here and none in Python.
+logits_ = st.lists(
+    st.integers(-192, 192).map(lambda n: n / 16), min_size=VOCAB, max_size=VOCAB, unique=True
+)
 tokens_ = st.integers(0, VOCAB - 1)
 # Values on which float32 and float64 agree about which tokens are left.
 sampling_ = st.fixed_dictionaries(
@@ -43,39 +46,42 @@ penalties_ = st.fixed_dictionaries(
 )
 
 
-def shares(logits: Tensor, given_: dict[str, Any], **history: Any) -> list[float]:
-    """The share of the grid that each token takes; penalties see the history as it stands."""
+def counts_on_grid(logits: Tensor, given_: dict[str, Any], **history: Any) -> list[int]:
+    """How often each token is drawn on the grid; penalties see the history as it stands."""
     prompt, output = history.get("prompt", ()), history.get("output", ())
+    size = GRID // 2 if prompt else GRID
     params = SamplingParams(seed=0, **given_).resolve({})
-    uniforms = [(i + 0.5) / GRID for i in range(GRID)]
+    uniforms = [(i + 0.5) / size for i in range(size)]
     # With a history a slot each, so that what one row draws is not counted for the others.
-    slots = list(range(GRID)) if prompt else [0] * GRID
+    slots = list(range(size)) if prompt else [0] * size
     sampler = Sampler(len(logits))
     for slot in set(slots):
         sampler.admit(slot, params, tuple(prompt))
     for token in output:  # force the history in: only this token can be drawn
-        only = torch.full((GRID, len(logits)), -torch.inf)
+        only = torch.full((size, len(logits)), -torch.inf)
         only[:, token] = 1.0
         assert set(sampler.sample(only, slots, uniforms)) == {token}
-    banned = [frozenset(history.get("banned", ()))] * GRID
-    drawn = sampler.sample(logits.repeat(GRID, 1), slots, uniforms, banned)
-    return [drawn.count(token) / GRID for token in range(len(logits))]
+    banned = [frozenset(history.get("banned", ()))] * size
+    drawn = sampler.sample(logits.repeat(size, 1), slots, uniforms, banned)
+    return [drawn.count(token) for token in range(len(logits))]
 
 
-def agree(found: list[float], expected: list[float]) -> bool:
-    return all(abs(f - e) <= 1.01 / GRID for f, e in zip(found, expected, strict=True))
+def agree(counts: list[int], expected: list[float]) -> bool:
+    """Whether each token has its share of the grid, to within one draw."""
+    size = sum(counts)
+    return all(abs(n - p * size) <= 1.01 for n, p in zip(counts, expected, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(logits_, sampling_)
 def test_filters_leave_what_their_definitions_say(
     logits: list[float], given_: dict[str, Any]
 ) -> None:
-    found = shares(torch.tensor(logits), given_)
+    found = counts_on_grid(torch.tensor(logits), given_)
     assert agree(found, distribution(logits, **given_))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     logits_,
     penalties_,
@@ -90,8 +96,8 @@ def test_penalties_bias_and_bans_change_logits_as_their_definitions_say(
     output: list[int],
     banned: set[int],
 ) -> None:
-    history = {"prompt": prompt, "output": output, "banned": banned}
-    found = shares(torch.tensor(logits), given_ | {"temperature": 1.0}, **history)
+    history: dict[str, Any] = {"prompt": prompt, "output": output, "banned": banned}
+    found = counts_on_grid(torch.tensor(logits), given_ | {"temperature": 1.0}, **history)
     assert agree(found, distribution(logits, **given_, **history))
 
 
@@ -118,14 +124,14 @@ def test_each_filter_is_transformers(warper: str, given_: dict[str, float]) -> N
         logits = torch.randn(4, 40, generator=generator) * scale
         expected = theirs(torch.zeros(4, 1, dtype=torch.long), logits.clone()).softmax(-1)
         for row, probabilities in zip(logits, expected, strict=True):
-            assert agree(shares(row, given_), probabilities.tolist())
+            assert agree(counts_on_grid(row, given_), probabilities.tolist())
 
 
 def test_filters_together_are_transformers_in_its_order() -> None:
     import transformers
 
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(1)) * 3
-    chain = transformers.LogitsProcessorList(
+    chain: Any = transformers.LogitsProcessorList(
         [
             transformers.TemperatureLogitsWarper(0.8),
             transformers.TopKLogitsWarper(12),
@@ -133,10 +139,10 @@ def test_filters_together_are_transformers_in_its_order() -> None:
             transformers.MinPLogitsWarper(0.03),
         ]
     )
-    expected = chain(torch.zeros(8, 1, dtype=torch.long), logits.clone()).softmax(-1)
+    expected = chain(torch.zeros(8, 1).long(), logits.clone()).softmax(-1)
     given_ = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.03}
     for row, probabilities in zip(logits, expected, strict=True):
-        assert agree(shares(row, given_), probabilities.tolist())
+        assert agree(counts_on_grid(row, given_), probabilities.tolist())
 
 
 @pytest.mark.parametrize("penalty", [1.2, 2.0, 0.7])
@@ -148,7 +154,7 @@ def test_repetition_penalty_is_transformers(penalty: float) -> None:
     theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)
     expected = theirs(torch.tensor([prompt + output]), logits[None].clone())[0].softmax(-1)
     given_ = {"repetition_penalty": penalty, "temperature": 1.0}
-    assert agree(shares(logits, given_, prompt=prompt, output=output), expected.tolist())
+    assert agree(counts_on_grid(logits, given_, prompt=prompt, output=output), expected.tolist())
 
 
 def test_logit_bias_is_transformers() -> None:
@@ -156,9 +162,11 @@ def test_logit_bias_is_transformers() -> None:
 
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
     bias = {2: 1.5, 9: -3.0}
-    theirs = transformers.SequenceBiasLogitsProcessor({(t,): b for t, b in bias.items()})
+    theirs = transformers.SequenceBiasLogitsProcessor([[[t], b] for t, b in bias.items()])
     expected = theirs(torch.tensor([[0]]), logits[None].clone())[0].softmax(-1)
-    assert agree(shares(logits, {"logit_bias": bias, "temperature": 1.0}), expected.tolist())
+    assert agree(
+        counts_on_grid(logits, {"logit_bias": bias, "temperature": 1.0}), expected.tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +181,7 @@ def test_logit_bias_is_transformers() -> None:
     ],
     ids=str,
 )
-def test_draws_of_a_seed_follow_the_distribution(given_: dict[str, float]) -> None:
+def test_draws_of_a_seed_follow_the_distribution(given_: dict[str, Any]) -> None:
     logits = torch.randn(30, generator=torch.Generator().manual_seed(4)) * 2
     params = SamplingParams(seed=2024, **given_).resolve({})
     sampler = Sampler(30)
@@ -187,7 +195,7 @@ def test_draws_of_a_seed_follow_the_distribution(given_: dict[str, float]) -> No
     assert statistic < chi_square_limit(degrees)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.tuples(logits_, sampling_, penalties_, st.floats(0, 1, exclude_max=True)), max_size=6
@@ -253,7 +261,7 @@ def test_greedy_takes_the_likeliest_whatever_the_filters_and_the_number() -> Non
 def test_equal_scores_share_their_fate_at_a_filters_edge() -> None:
     logits = torch.tensor([2.0, 5.0, 5.0, 5.0, 1.0])
     for given_ in ({"top_k": 2}, {"top_p": 0.4}, {"min_p": 1.0}):
-        assert agree(shares(logits, given_), [0, 1 / 3, 1 / 3, 1 / 3, 0])
+        assert agree(counts_on_grid(logits, given_), [0, 1 / 3, 1 / 3, 1 / 3, 0])
 
 
 def test_logits_are_not_written_to() -> None:
@@ -310,7 +318,7 @@ def test_more_alternatives_than_tokens_are_all_tokens() -> None:
 def test_logits_that_are_no_numbers_are_an_error_naming_step_and_sequence(value: float) -> None:
     logits = torch.zeros(3, VOCAB)
     logits[1, 4] = value
-    with pytest.raises(NumericalError, match="prompt 7 .* at step 12"):
+    with pytest.raises(NumericalError, match=r"prompt 7 .* at step 12"):
         check_finite(logits, ["prompt 0", "prompt 7", "prompt 8"].__getitem__, 12)
 
 

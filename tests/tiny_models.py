@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from functools import cache as once
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class Reference:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        return json.loads((self.path / "ref.json").read_text())
+        facts: dict[str, Any] = json.loads((self.path / "ref.json").read_text())
+        return facts
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -102,7 +103,7 @@ def new_cache(model: Model, rows: int = 1, layout: str = "dynamic") -> Cache:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forward(
     model: Model, cache: Cache, tokens: Sequence[Sequence[int]], attention: str | None = None
 ) -> Tensor:

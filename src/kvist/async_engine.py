@@ -5,15 +5,16 @@ that the engine may become a process of its own. The server is built on this.
 """
 
 import asyncio
+import atexit
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvist.core.params import SamplingParams
 from kvist.core.record import Snapshot
@@ -33,10 +34,20 @@ class _Stream:
     loop: asyncio.AbstractEventLoop
     deltas: "asyncio.Queue[Delta | Exception]"
 
-    def put(self, item: Delta | Exception) -> None:
-        """Hand over from the engine's thread; a loop that has gone no longer listens."""
-        with suppress(RuntimeError):
+    def put(self, item: Delta | Exception) -> bool:
+        """Hand over from the engine's thread; False if the loop has gone and nobody listens."""
+        try:
             self.loop.call_soon_threadsafe(self.deltas.put_nowait, item)
+        except RuntimeError:
+            return False
+        return True
+
+
+class _Call(NamedTuple):
+    """Something to do on the engine's thread; one of the two is called, once."""
+
+    do: Callable[[], object]
+    refuse: Callable[[Exception], object] = lambda error: None
 
 
 class AsyncLLM:
@@ -62,16 +73,21 @@ class AsyncLLM:
         **options: Any,
     ) -> None:
         """Load the model if need be, allocate the cache, start the engine's thread."""
+        config = EngineConfig(**options)  # first: a wrong option costs no loading
         self.model = model if isinstance(model, Model) else load(model, dtype, device)
-        self._engine = Engine(self.model, EngineConfig(**options))
+        self._engine = Engine(self.model, config)
         self._desk = Desk(self._engine)
         self._streams: dict[str, _Stream] = {}
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._ids = count()
         self._death: BaseException | None = None
-        self._closed = threading.Event()
+        # Nothing enters the inbox once `_closed` is set, so that what is in it can be answered.
+        self._gate = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvist-engine", daemon=True)
         self._thread.start()
+        # An interpreter that ends under a running step would abort instead of exit.
+        atexit.register(self.close)
 
     # What callers use, from any event loop.
 
@@ -83,7 +99,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Stream one request.
 
         Leaving the iterator early, or cancelling it, aborts the request within one step.
@@ -111,9 +127,10 @@ class AsyncLLM:
             lambda index: name,
             priority=priority,
             cache_salt=cache_salt,
+            max_length=self._engine.max_length,
         )
         stream = _Stream(job, asyncio.get_running_loop(), asyncio.Queue())
-        self._send(lambda: self._begin(stream))
+        self._send(_Call(lambda: self._begin(stream), stream.put))
         left = len(job.samples)
         try:
             while left:
@@ -125,37 +142,39 @@ class AsyncLLM:
                 yield item
         finally:
             if left:
-                self.abort(name)
+                with suppress(EngineDead):
+                    self._send(_Call(lambda: self._leave(stream)))
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown or finished ids are ignored."""
-        if self.alive:
-            self._inbox.put(lambda: self._tell(self._desk.abort(request_id)))
+        with suppress(EngineDead):
+            self._send(_Call(lambda: self._tell(self._desk.abort(request_id))))
 
     async def snapshot(self) -> Snapshot:
         """What the engine is doing, as plain data."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Snapshot] = loop.create_future()
 
-        def ask() -> None:
-            taken = self._engine.snapshot()
+        def settle(taken: Snapshot | Exception) -> None:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_settle, answer, taken)
 
-        self._send(ask)
+        self._send(_Call(lambda: settle(self._engine.snapshot()), settle))
         return await answer
 
     @property
     def alive(self) -> bool:
         """Whether the engine still serves."""
-        return self._thread.is_alive() and not self._closed.is_set() and self._death is None
+        return not self._closed
 
     def close(self) -> None:
         """End all requests and the thread; safe to call twice."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._inbox.put(None)
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
         self._thread.join()
+        atexit.unregister(self.close)
 
     async def __aenter__(self) -> "AsyncLLM":
         """Use with `async with`, which closes it."""
@@ -170,13 +189,19 @@ class AsyncLLM:
         """Close without blocking the event loop."""
         await asyncio.to_thread(self.close)
 
-    def _send(self, call: Callable[[], None]) -> None:
-        if not self.alive:
-            raise EngineDead(f"the engine has ended{self._reason()}; make a new one")
-        self._inbox.put(call)
+    def _send(self, call: _Call) -> None:
+        with self._gate:
+            if not self._closed:
+                self._inbox.put(call)
+                return
+        raise self._dead()
 
-    def _reason(self) -> str:
-        return "" if self._death is None else f" ({type(self._death).__name__}: {self._death})"
+    def _dead(self) -> EngineDead:
+        death = self._death
+        reason = "" if death is None else f" ({type(death).__name__}: {death})"
+        error = EngineDead(f"the engine has ended{reason}; make a new one")
+        error.__cause__ = death
+        return error
 
     # What happens on the engine's thread.
 
@@ -188,10 +213,16 @@ class AsyncLLM:
         except BaseException as error:  # whatever it is, nobody may wait for ever
             self._death = error
         finally:
-            ended = EngineDead(f"the engine has ended{self._reason()}; make a new one")
+            with self._gate:
+                self._closed = True
             for stream in self._streams.values():
-                stream.put(ended)
+                stream.put(self._dead())
             self._streams.clear()
+            with suppress(queue.Empty):
+                while True:
+                    call = self._inbox.get_nowait()
+                    if call is not None:
+                        call.refuse(self._dead())
 
     def _receive(self) -> bool:
         """Carry out what was asked; waits for it only if there is nothing else to do."""
@@ -203,7 +234,12 @@ class AsyncLLM:
                 return True
             if call is None:
                 return False
-            call()
+            try:
+                call.do()
+            except BaseException as error:
+                self._death = error
+                call.refuse(self._dead())
+                raise
             wait = False
 
     def _begin(self, stream: _Stream) -> None:
@@ -214,18 +250,33 @@ class AsyncLLM:
         else:
             self._streams[stream.job.request.id] = stream
 
+    def _leave(self, stream: _Stream) -> None:
+        """Nobody listens to this stream any more; another may have taken its name since."""
+        request_id = stream.job.request.id
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._desk.abort(request_id)
+
     def _tell(self, touched: Sequence[Sample]) -> None:
         """Hand each sample's news to whoever listens."""
         for sample in touched:
             stream = self._streams.get(sample.request_id)
             if stream is None:
                 continue
-            stream.put(sample.delta())
-            if stream.job.finished:
-                self._streams.pop(sample.request_id, None)
+            if not stream.put(sample.delta()):
+                self._leave(stream)
+        # Only now: several samples of one request may have ended in one step.
+        for sample in touched:
+            stream = self._streams.get(sample.request_id)
+            if stream is not None and stream.job.finished:
+                del self._streams[sample.request_id]
 
 
-def _settle(answer: "asyncio.Future[Snapshot]", taken: Snapshot) -> None:
+def _settle(answer: "asyncio.Future[Snapshot]", taken: Snapshot | Exception) -> None:
     """Answer, unless who asked has given up."""
-    if not answer.done():
+    if answer.done():
+        return
+    if isinstance(taken, Exception):
+        answer.set_exception(taken)
+    else:
         answer.set_result(taken)

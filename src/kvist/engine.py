@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvist.attention import check_backend
-from kvist.cache.codecs import make_codec
 from kvist.cache.groups import LayerGroup, blocks_for, bytes_per_token, group_layers
 from kvist.cache.paged import PagedPool
 from kvist.cache.protocol import Codec
@@ -67,9 +66,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that could hold nothing."""
-        for name in ("block_size", "max_num_seqs", "max_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, not {getattr(self, name)}")
+        for name in ("block_size", "max_num_seqs", "max_batch_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be >= 1, not {value}")
         for name in ("host_cache", "speculate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be >= 0, not {getattr(self, name)}")
@@ -97,9 +97,7 @@ class Engine:
         self.model, self.config = model, config or EngineConfig()
         config = self.config
         self.max_length = min(config.max_model_len or model.max_length, model.max_length)
-        codec = (
-            make_codec(config.codec, model.dtype) if isinstance(config.codec, str) else config.codec
-        )
+        codec = model.codec(config.codec) if isinstance(config.codec, str) else config.codec
         groups = group_layers(model.specs, config.retention)
         size, chunk = config.block_size, min(config.max_batch_tokens, self.max_length)
         blocks = blocks_for(
@@ -124,14 +122,24 @@ class Engine:
             retention=config.retention,
             device=model.device,
         )
+        self._groups = [
+            CacheGroup(group.spec, num_blocks=n, host_blocks=h)
+            for group, n, h in zip(groups, blocks, host, strict=True)
+        ]
+        self._step, self._mask_of = step, mask_of
+        overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
+        self._depth = 2 if overlap else 1
+        self._open_books()
+
+    def _open_books(self) -> None:
+        """Scheduler, block manager and runner over the pool: nothing runs, nothing is cached."""
+        model, config = self.model, self.config
         manager = PagedBlockManager(
-            [
-                CacheGroup(group.spec, num_blocks=n, host_blocks=h)
-                for group, n, h in zip(groups, blocks, host, strict=True)
-            ],
-            size,
+            self._groups,
+            config.block_size,
             prefix_cache=config.prefix_cache,
-            slack=slack,
+            slack=1 + config.speculate,
+            save_ahead=_save_ahead(config),
         )
         self.scheduler = ContinuousScheduler(
             SchedulerConfig(
@@ -139,7 +147,7 @@ class Engine:
                 max_batch_tokens=config.max_batch_tokens,
                 max_model_len=self.max_length,
                 max_drafts=config.speculate,
-                codec=codec.name,
+                codec=self.pool.codec.name,
             ),
             manager,
             drafter=prompt_lookup if config.speculate else None,
@@ -148,13 +156,11 @@ class Engine:
             model.lm,
             self.pool,
             vocab_size=model.config.vocab_size,
-            step=step,
+            step=self._step,
             backend=check_backend(config.attention),
             encode=None if model.vision is None else self._encode,
-            mask_of=mask_of,
+            mask_of=self._mask_of,
         )
-        overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
-        self._depth = 2 if overlap else 1
         self._under_way: deque[tuple[Plan, Ticket]] = deque()
 
     def add(self, request: Request) -> None:
@@ -175,7 +181,18 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def step(self) -> list[Event]:
-        """Launch what can be launched, wait for the oldest step, and say what came of it."""
+        """Launch what can be launched, wait for the oldest step, and say what came of it.
+
+        Whatever is raised here (out of memory, Ctrl-C) has broken a step off, and nobody knows how
+        far it came: all requests and all that was cached are gone then, and the next may be added.
+        """
+        try:
+            return self._step_on()
+        except BaseException:
+            self._open_books()
+            raise
+
+    def _step_on(self) -> list[Event]:
         while len(self._under_way) < self._depth and self.scheduler.has_work:
             plan = self.scheduler.schedule()
             self._under_way.append((plan, self.runner.execute(plan)))
@@ -183,6 +200,12 @@ class Engine:
             return []
         plan, ticket = self._under_way.popleft()
         return self.scheduler.commit(plan, ticket.result())
+
+    def move_blocks(self) -> None:
+        """Carry out moves of blocks that no plan will; only while nothing is under way."""
+        blocks = self.scheduler.blocks
+        self.pool.apply(blocks.collect({}))
+        blocks.settle(blocks.step)
 
     def snapshot(self) -> Snapshot:
         """Block map, groups, tiers, queue and hit rates, as plain data."""
@@ -210,6 +233,14 @@ class Engine:
             wanted += (1 + one * config.max_num_seqs) * block
         share = 0.9 if self.model.device.type == "cuda" else 0.5
         return int(min(wanted, share * available_memory(self.model.device)))
+
+
+def _save_ahead(config: EngineConfig) -> int:
+    """Blocks that the host tier keeps ready to be reused: what two steps may ask for.
+
+    A save is done when its step is committed, so what the next step takes has to be ready now.
+    """
+    return 2 * (-(-config.max_batch_tokens // config.block_size) + config.max_num_seqs)
 
 
 def _host_blocks(

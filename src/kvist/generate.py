@@ -290,7 +290,7 @@ def open_cache(
     return make_cache(
         model.specs,
         layout=layout,
-        codec=codec,
+        codec=model.codec(codec) if isinstance(codec, str) else codec,
         retention=retention,
         rows=sum(s.sequence.sample_index == 0 for s in samples),
         max_length=min(longest, model.max_length),

@@ -42,8 +42,9 @@ class LLM:
         **options: Any,
     ) -> None:
         """Load the model if need be, and allocate the cache."""
+        config = EngineConfig(**options)  # first: a wrong option costs no loading
         self.model = model if isinstance(model, Model) else load(model, dtype, device)
-        self.engine = Engine(self.model, EngineConfig(**options))
+        self.engine = Engine(self.model, config)
         self._desk = Desk(self.engine)
         self._ids = count()
 
@@ -77,11 +78,12 @@ class LLM:
             lambda index: f"{number}.{index}",
             priority=priority,
             cache_salt=cache_salt,
+            max_length=self.engine.max_length,
         )
         try:
             for job in jobs:
                 self._desk.add(job)
-            with _bar(len(jobs), shown=progress) as bar:
+            with _bar(sum(len(job.samples) for job in jobs), shown=progress) as bar:
                 while self.engine.has_unfinished:
                     touched = self._desk.take(self.engine.step())
                     bar.advance(sum(sample.record is not None for sample in touched))
@@ -101,6 +103,19 @@ class LLM:
         """Answer one conversation, or a list of them; options as in `generate`."""
         single = bool(messages) and isinstance(messages[0], Mapping)
         return self.generate([messages] if single else messages, params, **options)  # type: ignore[arg-type, list-item]
+
+    def export_prefix(self, prompt: Prompt, path: str | Path, *, cache_salt: str = "") -> int:
+        """Write what is cached of a prompt to a file; see `kvist.prefixes`."""
+        from kvist.prefixes import export_prefix
+
+        ids = self.model.encode(prompt)
+        return export_prefix(self.engine, ids, Path(path), cache_salt=cache_salt)
+
+    def import_prefix(self, path: str | Path, *, cache_salt: str = "") -> int:
+        """Read an exported prefix into the cache; see `kvist.prefixes`."""
+        from kvist.prefixes import import_prefix
+
+        return import_prefix(self.engine, Path(path), cache_salt=cache_salt)
 
     def snapshot(self) -> Snapshot:
         """What the cache holds and how it has done so far, as plain data."""

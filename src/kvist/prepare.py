@@ -17,25 +17,30 @@ def prepare(
     model: Model,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None,
+    max_length: int | None = None,
 ) -> list[Sample]:
-    """Check every prompt and parameter, before any work; one sample each, or n."""
+    """Check every prompt and parameter, before any work; one sample each, or n.
+
+    `max_length` is the longest prompt plus output, where that is less than the model's.
+    """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise RequestError(f"prompts is a list, such as [prompt], not {type(prompts).__name__}")
     if not prompts:
         raise RequestError("prompts is empty; give at least one")
     samples: list[Sample] = []
+    limit = min(max_length or model.max_length, model.max_length)
     for index, (prompt, asked) in enumerate(zip(prompts, params_for(prompts, params), strict=True)):
         prepared = model.prepare(prompt)
         ids = prepared.token_ids
         resolved = asked.resolve(model.generation_config)
         if resolved.num_beams > 1:
             check_beams(resolved)
-        room = model.max_length - len(ids)
+        room = limit - len(ids)
         wanted = max(1, asked.min_tokens) if asked.max_tokens is None else asked.max_tokens
         if room < wanted:
             raise ContextTooLong(
                 f"prompt {index} has {len(ids)} tokens; with {wanted} new it needs "
-                f"{len(ids) + wanted}, and the model's limit is {model.max_length}"
+                f"{len(ids) + wanted}, and the limit is {limit}"
             )
         if resolved.stop and model.tokenizer is None:
             raise RequestError(f"{model.name} has no tokenizer, so stop strings cannot be met")

@@ -45,6 +45,7 @@ def make_jobs(
     *,
     priority: int = 0,
     cache_salt: str = "",
+    max_length: int | None = None,
 ) -> list[Job]:
     """Check every prompt and parameter, and make a request of each.
 
@@ -55,12 +56,13 @@ def make_jobs(
         ids: the request id of the prompt with this index.
         priority: lower goes first.
         cache_salt: prefixes are shared only among requests of the same salt.
+        max_length: the engine's longest prompt plus output; None is the model's.
 
     Raises:
         RequestError: one of them makes no sense; nothing has been queued then.
     """
     jobs: dict[int, list[Sample]] = {}
-    for sample in prepare(model, prompts, params):
+    for sample in prepare(model, prompts, params, max_length):
         if sample.params.num_beams > 1:
             raise NotSupported(
                 f"num_beams={sample.params.num_beams} in the engine; use kvist.generate"
@@ -99,7 +101,9 @@ class Desk:
 
     def abort(self, request_id: str) -> list[Sample]:
         """End a job now; its unfinished samples end with the reason "abort"."""
-        return self.take(self.engine.abort(request_id))
+        touched = self.take(self.engine.abort(request_id))
+        self.jobs.pop(request_id, None)  # an engine that was broken off says nothing of it
+        return touched
 
     def take(self, events: Sequence[Event]) -> list[Sample]:
         """Give each event to its sample; returns the samples that have something new."""

@@ -116,7 +116,7 @@ def test_changed_tokens_and_other_files_are_refused(llama, tmp_path):
         "version": "1",
         "model": "model-a",
         "extra": "adapter-1",
-        "codec": "plain(key.x:float32, value.x:float32)",
+        "codec": "plain(float32)",
         "tokens": "0" * 64,
     }
     save_file(tensors, tmp_path / "changed", metadata)

@@ -62,7 +62,9 @@ class BlockPool:
                     name: torch.zeros(
                         (num_blocks, self.block_size, *shape), dtype=dtype, device=self.device
                     )
-                    for name, (shape, dtype) in self.codec.planes(self.group.spec, side).items()
+                    for name, (shape, dtype) in self.codec.planes(
+                        self.group.spec, side, layer_idx
+                    ).items()
                 }
                 for side in SIDES
             }

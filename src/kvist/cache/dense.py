@@ -2,23 +2,21 @@
 
 `DynamicCache` grows geometrically as sequences do; `StaticCache` takes all its room at once and
 never moves. Position p of sequence b lies at place p of row b. Which queries may see it is the
-mask's business, what the planes mean the codec's.
+mask's business, what the planes mean the codec's. What a step sees of it is in `dense_view.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvist.cache.batch import Batch
+from kvist.cache.dense_view import DenseBinding, Layer
 from kvist.cache.lengths import cropped
-from kvist.cache.protocol import KV, SIDES, Codec, Side, State
+from kvist.cache.protocol import SIDES, Codec, Side
 from kvist.core.retention import KeepAll, Retention
 from kvist.core.spec import AttentionSpec, LayerSpec
 from kvist.errors import CacheError, CacheFull, UnknownLayer
-
-Layer = dict[Side, dict[str, Tensor]]
 
 
 class DenseCache:
@@ -29,6 +27,7 @@ class DenseCache:
     """
 
     max_chunk: int | None = None
+    layout: str
 
     def __init__(
         self,
@@ -77,7 +76,7 @@ class DenseCache:
 
     # The life of a step: bind, update for each layer, commit.
 
-    def bind(self, batch: Batch, *, backend: str | None = None) -> "DenseBinding":
+    def bind(self, batch: Batch, *, backend: str | None = None) -> DenseBinding:
         """Reserve room for the batch; see `Cache.bind`."""
         if batch.slots != tuple(range(len(self._lengths))):
             raise CacheError(
@@ -89,6 +88,9 @@ class DenseCache:
         self._settle(capacity)
         for row, kv_len in enumerate(batch.kv_lens):
             self._dirty[row] = kv_len
+        return self._binding(batch, backend)
+
+    def _binding(self, batch: Batch, backend: str | None) -> DenseBinding:
         return DenseBinding(self, batch, backend)
 
     def commit(self, batch: Batch) -> None:
@@ -105,33 +107,36 @@ class DenseCache:
         self._clear(self._lengths)
         rows, sources = len(self._lengths), self._sources
         if not self._layers:
-            self._layers = [self._allocate(spec, rows, capacity) for spec in self.specs]
+            self._layers = [self._allocate(i, rows, capacity) for i in range(len(self.specs))]
         elif sources is not None or capacity > self.capacity:
-            kept = max(self._lengths, default=0)
             index = None if sources is None else torch.tensor(sources, device=self.device)
-            # Beams permute rows at every step: where nothing changes size, addresses stay.
-            in_place = capacity == self.capacity and rows == self._rows
-            for i, spec in enumerate(self.specs):
-                old = self._layers[i]
-                new = old if in_place else self._allocate(spec, rows, capacity)
-                for side in SIDES:
-                    for name, plane in old[side].items():
-                        held = plane[:, :, :kept]
-                        new[side][name][:, :, :kept] = held if index is None else held[index]
-                self._layers[i] = new
+            self._layers = [self._moved(i, rows, capacity, index) for i in range(len(self._layers))]
         self._sources = None
         self._rows, self.capacity = rows, capacity
+
+    def _moved(self, layer_idx: int, rows: int, capacity: int, index: Tensor | None) -> Layer:
+        """A layer with the rows that `index` names (None: as they are) and this capacity."""
+        old, kept = self._layers[layer_idx], max(self._lengths, default=0)
+        # Beams permute rows at every step: where nothing changes size, addresses stay.
+        in_place = capacity == self.capacity and rows == self._rows
+        new = old if in_place else self._allocate(layer_idx, rows, capacity)
+        for side in SIDES:
+            for name, plane in old[side].items():
+                held = plane[:, :, :kept]
+                new[side][name][:, :, :kept] = held if index is None else held[index]
+        return new
 
     # A cache outlives the step that made it grow: tensors made in inference mode could not be
     # cropped or cleared outside it.
     @torch.inference_mode(False)
-    def _allocate(self, spec: AttentionSpec, rows: int, capacity: int) -> Layer:
+    def _allocate(self, layer_idx: int, rows: int, capacity: int) -> Layer:
+        spec = self.specs[layer_idx]
         return {
             side: {
                 name: torch.zeros(
                     (rows, shape[0], capacity, *shape[1:]), dtype=dtype, device=self.device
                 )
-                for name, (shape, dtype) in self.codec.planes(spec, side).items()
+                for name, (shape, dtype) in self.codec.planes(spec, side, layer_idx).items()
             }
             for side in SIDES
         }
@@ -140,14 +145,17 @@ class DenseCache:
         """Zero the places `[lengths[row], dirty[row])` of each row."""
         for row, (length, dirty) in enumerate(zip(lengths, self._dirty, strict=True)):
             if dirty > length:
-                for layer in self._layers:
-                    for side in SIDES:
-                        for plane in layer[side].values():
-                            plane[row, :, length:dirty].zero_()
-                for i in range(len(self.specs)):
+                for i in range(len(self._layers)):
+                    self._zero(i, row, length, dirty)
                     self._last[i][row] = min(self._last[i][row], length)
                     self._first[i][row] = min(self._first[i][row], self._last[i][row])
             self._dirty[row] = length
+
+    def _zero(self, layer_idx: int, row: int, start: int, end: int) -> None:
+        """Zero the places of the positions `[start, end)`."""
+        for side in SIDES:
+            for plane in self._layers[layer_idx][side].values():
+                plane[row, :, start:end].zero_()
 
     # Going back, forking, forgetting.
 
@@ -205,6 +213,30 @@ class DenseCache:
         bounds = zip(self._first[layer_idx], self._last[layer_idx], self._lengths, strict=True)
         return max((min(last, n) - min(first, n) for first, last, n in bounds), default=0)
 
+    # As it is written: for saving.
+
+    def held(self, layer_idx: int, row: int) -> tuple[range, ...]:
+        """Positions of a sequence that a layer holds, ascending."""
+        end = min(self._last[layer_idx][row], self._lengths[row])
+        return (range(min(self._first[layer_idx][row], end), end),)
+
+    def read(self, layer_idx: int, row: int, positions: Tensor) -> dict[Side, dict[str, Tensor]]:
+        """Planes of these positions `[T]`, encoded: each `[T, kv_heads, ...]`."""
+        self._materialise()
+        places = self._places(layer_idx, positions)
+        return {
+            side: {name: plane[row, :, places].transpose(0, 1) for name, plane in planes.items()}
+            for side, planes in self._layers[layer_idx].items()
+        }
+
+    def lose(self, layer_idx: int, row: int, before: int) -> None:
+        """Forget what a layer holds of a sequence before a position."""
+        self._first[layer_idx][row] = min(before, self._last[layer_idx][row])
+
+    def _places(self, layer_idx: int, positions: Tensor) -> Tensor:
+        """Where positions lie in a row."""
+        return positions
+
     def __len__(self) -> int:
         """How many layers it has."""
         return len(self.specs)
@@ -222,7 +254,7 @@ class DenseCache:
         self._materialise()
         self._clear(self._lengths)
         batch = Batch.pack([[] for _ in self._lengths], self._lengths, device=self.device)
-        keys, values, _ = DenseKV(DenseBinding(self, batch, None), layer_idx).dense()
+        keys, values, _ = self._binding(batch, None).view(layer_idx).dense()
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,6 +277,8 @@ class DenseCache:
 
 class DynamicCache(DenseCache):
     """Grows geometrically: an append costs a constant amortised, never a copy for every token."""
+
+    layout = "dynamic"
 
     def __init__(
         self,
@@ -269,6 +303,8 @@ class DynamicCache(DenseCache):
 class StaticCache(DenseCache):
     """Takes `max_length` places for each row at once; addresses never change."""
 
+    layout = "static"
+
     def __init__(
         self,
         specs: Sequence[LayerSpec],
@@ -291,127 +327,3 @@ class StaticCache(DenseCache):
                 f"{self.max_length}; make it with a larger max_length"
             )
         return self.max_length
-
-
-class DenseBinding:
-    """A dense cache bound to one step: the `KVCache` that a model sees."""
-
-    def __init__(self, cache: DenseCache, batch: Batch, backend: str | None) -> None:
-        """Made by `DenseCache.bind` alone."""
-        self.cache = cache
-        self.batch = batch
-        self.backend = backend
-        self.memo: dict[Any, Any] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> KV:
-        """Write this step's keys and values; see `KVCache.update`."""
-        cache = self.cache
-        cache._check_layer(layer_idx)
-        self._extend(layer_idx)
-        layer = cache._layers[layer_idx]
-        for side, x in (("key", key_states), ("value", value_states)):
-            encoded = cache.codec.encode(x, side, layer_idx)  # type: ignore[arg-type]
-            for name, tokens in encoded.items():
-                self._write(layer[side][name], tokens)  # type: ignore[index]
-        return DenseKV(self, layer_idx)
-
-    def state(self, layer_idx: int) -> State:
-        """Dense layouts hold no recurrent layers."""
-        raise UnknownLayer(f"layer {layer_idx} is an attention layer and has no recurrent state")
-
-    def _extend(self, layer_idx: int) -> None:
-        """Note that the layer now holds this step's positions too."""
-        first, last = self.cache._first[layer_idx], self.cache._last[layer_idx]
-        for row, (cached, end) in enumerate(
-            zip(self.batch.cached_lens, self.batch.kv_lens, strict=True)
-        ):
-            if first[row] == last[row]:
-                first[row] = cached
-            elif last[row] not in (cached, end):
-                raise CacheError(
-                    f"layer {layer_idx} holds sequence {row} up to token {last[row]} and cannot go "
-                    f"on at {cached}: it missed a step"
-                )
-            last[row] = end
-
-    def _write(self, plane: Tensor, tokens: Tensor) -> None:
-        """Put `tokens` `[N, kv_heads, ...]` at this step's positions of `plane`."""
-        batch = self.batch
-        if batch.uniform:
-            # All rows write the same places [start, end): one strided copy.
-            start, end = batch.cached_lens[0], batch.kv_lens[0]
-            shaped = tokens.unflatten(0, (len(batch.slots), end - start))
-            plane[:, :, start:end] = shaped.transpose(1, 2)
-        else:
-            plane[batch.sequence_index, :, batch.positions] = tokens.to(plane.dtype)
-
-
-class DenseKV:
-    """One layer of a dense cache, readable by attention."""
-
-    __slots__ = ("_binding", "_layer_idx", "backend", "batch", "memo", "spec")
-
-    def __init__(self, binding: DenseBinding, layer_idx: int) -> None:
-        """Made by `DenseBinding.update` alone."""
-        self._binding = binding
-        self._layer_idx = layer_idx
-        self.batch = binding.batch
-        self.backend = binding.backend
-        self.spec = binding.cache.specs[layer_idx]
-        self.memo = binding.memo
-
-    @property
-    def in_order(self) -> bool:
-        """Whether every sequence's key i has position i; only a layer filled late has not."""
-        return not any(self._binding.cache._first[self._layer_idx])
-
-    @property
-    def dense_is_view(self) -> bool:
-        """True where nothing has to be decoded."""
-        return self._binding.cache.codec.lossless
-
-    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All sequences, padded at the end; see `KV.dense`."""
-        longest = max(self.batch.kv_lens, default=0)
-        keys, values = (self._decode(side, slice(None), longest) for side in SIDES)
-        positions = self._positions(longest)
-        complete = self.in_order and len(set(self.batch.kv_lens)) == 1
-        if not self._binding.cache.codec.lossless and not complete:
-            absent = (positions < 0)[:, :, None, None]
-            keys, values = (x.masked_fill(absent, 0) for x in (keys, values))
-        return keys, values, positions
-
-    def sequence(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One sequence, without padding; see `KV.sequence`."""
-        length = self.batch.kv_lens[index]
-        first = self._binding.cache._first[self._layer_idx][index]
-        keys, values = (self._decode(side, index, length)[first:] for side in SIDES)
-        if first == 0:
-            return keys, values, None
-        return keys, values, torch.arange(first, length, device=keys.device)
-
-    def observe(self, q: Tensor) -> None:
-        """Positional retention does not look at queries."""
-
-    def _decode(self, side: Side, rows: int | slice, length: int) -> Tensor:
-        """`[(B,) T, kv_heads, head_dim]`, the places [0, length) of some rows."""
-        cache = self._binding.cache
-        heads = 0 if isinstance(rows, int) else 1  # the heads' dimension, tokens behind it
-        planes = {
-            name: plane[rows, :, :length].transpose(heads, heads + 1)
-            for name, plane in cache._layers[self._layer_idx][side].items()
-        }
-        return cache.codec.decode(planes, side, self._layer_idx)
-
-    def _positions(self, longest: int) -> Tensor:
-        """`[B, T]`; -1 where row b holds nothing at place t."""
-        first = self._binding.cache._first[self._layer_idx]
-        key = ("key_positions", tuple(first))
-        if key not in self.memo:
-            device = self._binding.cache.device
-            places = torch.arange(longest, device=device)
-            starts = torch.tensor(first, device=device)[:, None]
-            ends = torch.tensor(self.batch.kv_lens, device=device)[:, None]
-            held = (places >= starts) & (places < ends)
-            self.memo[key] = torch.where(held, places, -1)
-        return self.memo[key]  # type: ignore[no-any-return]

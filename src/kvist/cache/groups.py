@@ -8,9 +8,9 @@ divides the memory between them all start here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-from kvist.cache.protocol import SIDES, Codec
+from kvist.cache.protocol import Codec
+from kvist.cache.size import layer_bytes_per_token
 from kvist.core.retention import KeepAll, Retention
 from kvist.core.spec import AttentionSpec, LayerSpec
 from kvist.core.tables import CacheGroup
@@ -53,12 +53,7 @@ def group_layers(
 
 def bytes_per_token(group: LayerGroup, codec: Codec) -> int:
     """What one token takes in all layers of the group, keys and values."""
-    one_layer = sum(
-        prod(shape) * dtype.itemsize
-        for side in SIDES
-        for shape, dtype in codec.planes(group.spec, side).values()
-    )
-    return one_layer * len(group.layers)
+    return sum(layer_bytes_per_token(group.spec, codec, layer_idx) for layer_idx in group.layers)
 
 
 def blocks_for(

@@ -12,6 +12,7 @@ from kvist.cache.codecs import make_codec
 from kvist.cache.dense import DynamicCache, StaticCache
 from kvist.cache.paged_cache import PagedCache
 from kvist.cache.protocol import Cache, Codec
+from kvist.cache.ring import RingCache
 from kvist.core.retention import Retention
 from kvist.core.spec import LayerSpec
 from kvist.errors import CacheError
@@ -46,6 +47,19 @@ def _static(
     )
 
 
+def _ring(
+    specs: Sequence[LayerSpec],
+    codec: Codec,
+    rows: int,
+    max_length: int,
+    retention: Retention | None,
+    device: torch.device,
+) -> Cache:
+    return RingCache(
+        specs, codec, max_length=max_length, rows=rows, retention=retention, device=device
+    )
+
+
 def _paged(
     specs: Sequence[LayerSpec],
     codec: Codec,
@@ -57,7 +71,12 @@ def _paged(
     return PagedCache(specs, codec, rows=rows, retention=retention, device=device)
 
 
-LAYOUTS: dict[str, LayoutFactory] = {"dynamic": _dynamic, "static": _static, "paged": _paged}
+LAYOUTS: dict[str, LayoutFactory] = {
+    "dynamic": _dynamic,
+    "static": _static,
+    "ring": _ring,
+    "paged": _paged,
+}
 
 
 def make_cache(

@@ -194,13 +194,8 @@ def _places(table: Table, length: int, size: int) -> tuple[Any, Any]:
 
 
 def _codec_of(pool: PagedPool) -> str:
-    """Name and planes, with their types: all that decides what the bytes mean."""
-    planes = [
-        f"{side}.{name}:{str(dtype).removeprefix('torch.')}"
-        for side in SIDES
-        for name, (_, dtype) in pool.codec.planes(pool.groups[0].spec, side).items()
-    ]
-    return f"{pool.codec.name}({', '.join(planes)})"
+    """All that decides what the bytes mean."""
+    return pool.codec.fingerprint
 
 
 def _digest(token_ids: Sequence[int]) -> str:

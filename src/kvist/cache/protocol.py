@@ -28,10 +28,21 @@ class Codec(Protocol):
     written for a token depends on that token alone: a full block never changes and may be shared.
     """
 
-    name: str
-    lossless: bool
+    @property
+    def name(self) -> str:
+        """What users call it."""
 
-    def planes(self, spec: AttentionSpec, side: Side) -> dict[str, tuple[Shape, torch.dtype]]:
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding gives back what was encoded."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names all that the planes' meaning depends on; saved caches are refused by it."""
+
+    def planes(
+        self, spec: AttentionSpec, side: Side, layer_idx: int
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """Name -> (`[kv_heads, ...]` for one token, dtype)."""
 
     def encode(self, x: Tensor, side: Side, layer_idx: int) -> dict[str, Tensor]:

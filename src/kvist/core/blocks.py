@@ -28,8 +28,9 @@ class PagedBlockManager:
         groups: one pool each; equal specs belong in one group.
         block_size: token places of a block, the same in every group.
         prefix_cache: whether computed blocks are found again by later sequences.
-        slack: how far behind the committed length `fork` and `truncate` may go in a windowed group.
-        save_ahead: with a host tier, how many blocks should be ready to be reused without a loss.
+        slack: how far behind the committed length windows are kept, for `fork` and `truncate`.
+        save_ahead: with a host tier, how many blocks should be ready to be reused without a loss;
+            better more than two steps take. None: a quarter of the pool.
         max_forgotten: prefixes without bytes that are remembered, to explain misses.
     """
 
@@ -40,7 +41,7 @@ class PagedBlockManager:
         *,
         prefix_cache: bool = True,
         slack: int = 1,
-        save_ahead: int = 64,
+        save_ahead: int | None = None,
         max_forgotten: int | None = None,
     ) -> None:
         if not groups or block_size < 1 or any(g.num_blocks < 2 for g in groups):
@@ -52,13 +53,17 @@ class PagedBlockManager:
         self.block_size = block_size
         self.prefix_cache = prefix_cache
         self.slack = slack
-        self.save_ahead = save_ahead
+        most = max(g.num_blocks for g in groups)
+        self.save_ahead = max(16, most // 4) if save_ahead is None else save_ahead
         self.step = 0
         if max_forgotten is None:
             max_forgotten = 4 * max(g.num_blocks + g.host_blocks for g in groups)
         self.index = PrefixIndex(block_size, len(groups), max_forgotten)
         self.pools = [Pool(self.index, i, g.num_blocks) for i, g in enumerate(groups)]
-        self.hosts = [HostTier(self.index, i, g.host_blocks) for i, g in enumerate(groups)]
+        self.hosts = [
+            HostTier(self.index, i, g.host_blocks, leaves_first=g.spec.window is None)
+            for i, g in enumerate(groups)
+        ]
         self.num_saved = self.num_loaded = self.num_copied = 0
         self._tables: dict[int, BlockTable] = {}
         self._changed: dict[int, BlockTable] = {}
@@ -228,6 +233,21 @@ class PagedBlockManager:
         if table.changes:
             self._changed[key] = table
 
+    def keep_needed(self, key: int, num_tokens: int) -> None:
+        """Give back the blocks that resuming behind `num_tokens` does not read.
+
+        For a sequence whose cache comes from a file, which lacks what was behind a window: called
+        after `open` and before `publish`.
+        """
+        table, full = self._tables[key], num_tokens // self.block_size
+        for config, pool, g in self._each():
+            needed = set(config.needed(full, self.block_size))
+            for i in range(full):
+                if i not in needed and table.blocks[g][i] != NULL_BLOCK:
+                    pool.disown(table.blocks[g][i])
+                    table.put(g, i, NULL_BLOCK)
+            table.freed[g] = max(table.freed[g], config.window_start(num_tokens, self.block_size))
+
     def fork(self, parent: int, child: int, keys: PrefixKeys, num_tokens: int) -> None:
         """The child shares the parent's first `num_tokens`; copies are made when either writes.
 
@@ -277,7 +297,7 @@ class PagedBlockManager:
             table.committed = num_tokens
             table.published = min(table.published, num_tokens // self.block_size)
             table.next_event = 0
-            del table.keys.nodes[table.published :]
+            table.keys.truncate(table.published)
         table.tail_may_be_shared = True
 
     def free(self, key: int) -> None:
@@ -349,9 +369,10 @@ class PagedBlockManager:
         size = self.block_size
         end = -(-num_tokens // size)
         for g, config in enumerate(self.groups):
-            start = config.window_start(num_tokens, size)
-            if NULL_BLOCK in table.blocks[g][start:end]:
-                return False
+            if config.spec.window is not None:
+                start = config.window_start(num_tokens, size)
+                if NULL_BLOCK in table.blocks[g][start:end]:
+                    return False
         return True
 
     def _tail_to_copy(self, table: BlockTable, group: int) -> int | None:
@@ -372,6 +393,7 @@ class PagedBlockManager:
                     continue
                 if shared == NULL_BLOCK:
                     pool.publish(block, node)
+                    self.hosts[g].note_published(block)
                 else:
                     # Somebody else computed the same tokens at the same time: one copy will do.
                     pool.own(shared)

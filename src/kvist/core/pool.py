@@ -43,6 +43,11 @@ class Pool:
         return len(self._free)
 
     @property
+    def num_returning(self) -> int:
+        """Blocks that nobody owns and that come back when the plans under way are committed."""
+        return sum(not self.owners[block] for block in self._holds)
+
+    @property
     def num_held(self) -> int:
         """Blocks that an uncommitted plan copies, saves or loads."""
         return len(self._holds)

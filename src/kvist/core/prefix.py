@@ -103,6 +103,10 @@ class PrefixKeys:
         self.nodes: list[Node] = []
         self._stops = [span.stop for span in images]
 
+    def truncate(self, num_blocks: int) -> None:
+        """Tokens behind the first `num_blocks` blocks are no longer what they were."""
+        del self.nodes[num_blocks:]
+
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at positions `[start, stop)`."""
         length = len(self.prompt_ids)
@@ -155,30 +159,29 @@ class PrefixIndex:
         """
         nodes = self._still_alive(keys)
         parent = nodes[-1] if nodes else self._nodes.get((0, (), keys.namespace))
-        get, size = self._nodes.get, self.block_size
-        while parent is not None and len(nodes) < num_blocks:
-            start = len(nodes) * size
-            stop = start + size
-            parent = get((parent.serial, keys.tokens(start, stop), keys.extra(start, stop)))
-            if parent is not None:
-                nodes.append(parent)
+        get = self._nodes.get
+        for index in range(len(nodes), num_blocks):
+            parent = None if parent is None else get(self._key(parent, keys, index))
+            if parent is None:
+                break
+            nodes.append(parent)
         return nodes
 
     def intern(self, keys: PrefixKeys, num_blocks: int) -> list[Node]:
-        """The nodes of the first `num_blocks` blocks, made where they are not known."""
+        """The nodes of the first `num_blocks` blocks, made where they are not known.
+
+        The caller puts bytes into every node that it asked for.
+        """
         nodes = self._still_alive(keys)
-        size = self.block_size
-        while len(nodes) < num_blocks:
-            parent = nodes[-1] if nodes else self._root(keys.namespace)
-            start = len(nodes) * size
-            stop = start + size
-            key = (parent.serial, keys.tokens(start, stop), keys.extra(start, stop))
-            node = self._nodes.get(key)
-            if node is None:
-                node = self._add(key, parent)
-                if parent.parent is None:
-                    self._firsts.setdefault(key[1:], {})[node] = None
+        if len(nodes) >= num_blocks:
+            return nodes
+        parent = nodes[-1] if nodes else self._root(keys.namespace)
+        get = self._nodes.get
+        for index in range(len(nodes), num_blocks):
+            key = self._key(parent, keys, index)
+            node = get(key) or self._add(key, parent)
             nodes.append(node)
+            parent = node
         return nodes
 
     def namesakes(self, keys: PrefixKeys) -> list[tuple[Node, Namespace]]:
@@ -188,11 +191,9 @@ class PrefixIndex:
 
     def child(self, parent: Node, keys: PrefixKeys, index: int) -> Node | None:
         """The node behind `parent` with the tokens of block `index`."""
-        start = index * self.block_size
-        stop = start + self.block_size
-        return self._nodes.get((parent.serial, keys.tokens(start, stop), keys.extra(start, stop)))
+        return self._nodes.get(self._key(parent, keys, index))
 
-    def closest(self, keys: PrefixKeys, index: int, most: int = 256) -> int:
+    def closest(self, keys: PrefixKeys, index: int, most: int = 64) -> int:
         """How many of block `index`'s tokens some cached continuation of its parent shares.
 
         Only the `most` youngest continuations are compared; -1 if there is none at all.
@@ -255,6 +256,12 @@ class PrefixIndex:
             nodes.pop()
         return nodes
 
+    def _key(self, parent: Node, keys: PrefixKeys, index: int) -> NodeKey:
+        start = index * self.block_size
+        stop = start + self.block_size
+        extra = keys.extra(start, stop) if keys.images else None
+        return (parent.serial, keys.tokens(start, stop), extra)
+
     def _root(self, namespace: Namespace) -> Node:
         key: NodeKey = (0, (), namespace)
         return self._nodes.get(key) or self._add(key, None)
@@ -264,12 +271,14 @@ class PrefixIndex:
         node = self._nodes[key] = Node(self._last_serial, key, parent, self.num_groups)
         if parent is not None:
             parent.children[node] = None
-            self._forgotten[node] = None  # until somebody puts bytes there
+            if parent.parent is None:
+                self._firsts.setdefault(key[1:], {})[node] = None
         return node
 
     def _gained(self, node: Node) -> None:
+        if node.num_places == 0:
+            self._forgotten.pop(node, None)
         node.num_places += 1
-        self._forgotten.pop(node, None)
 
     def _lost(self, node: Node, group: int, step: int) -> None:
         node.num_places -= 1
@@ -285,26 +294,32 @@ class PrefixIndex:
         for _ in range(2):
             if len(self._forgotten) <= self.max_forgotten:
                 return
-            node, _none = self._forgotten.popitem(last=False)
+            node = next(iter(self._forgotten))
             if node.children:
-                self._forgotten[node] = None
+                self._forgotten.move_to_end(node)
             else:
+                del self._forgotten[node]
                 self._drop(node)
 
-    def _drop(self, node: Node) -> None:
-        del self._nodes[node.key]
-        node.alive = False
-        parent = node.parent
-        if parent is None:
-            return
-        del parent.children[node]
-        if parent.parent is None:
-            same = self._firsts[node.key[1:]]
-            del same[node]
-            if not same:
-                del self._firsts[node.key[1:]]
-            if not parent.children:
-                self._drop(parent)
+    def _drop(self, node: Node | None) -> None:
+        """Take a childless node out, and the parents that only it kept."""
+        while node is not None:
+            del self._nodes[node.key]
+            node.alive = False
+            parent = node.parent
+            if parent is None:
+                return
+            del parent.children[node]
+            if parent.parent is None:
+                same = self._firsts[node.key[1:]]
+                del same[node]
+                if not same:
+                    del self._firsts[node.key[1:]]
+            too_many = len(self._forgotten) > self.max_forgotten
+            useless = parent.parent is None or (too_many and parent in self._forgotten)
+            node = parent if useless and not parent.children else None
+            if node is not None:
+                self._forgotten.pop(node, None)
 
 
 def _namespace(node: Node) -> Namespace:

@@ -46,6 +46,9 @@ class Scheduler(Protocol):
     def abort(self, request_id: str) -> list[Event]:
         """End a request now, planned or not; unknown or finished ids are ignored."""
 
+    def finish(self, request_id: str, sample_index: int, reason: str = "stop") -> list[Event]:
+        """End one sample from outside, as a stop string does; ignored if it has ended."""
+
     def schedule(self) -> Plan:
         """Decide the next step; at most one earlier plan may still be uncommitted."""
 

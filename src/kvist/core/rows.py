@@ -25,27 +25,23 @@ def make_row(state: SampleState, stop: int, drafts: tuple[int, ...] = (), mask: 
     assert slot is not None
     # A sampled token that is not read yet is always the last one, and alone still to be planned.
     tokens = _LAST if state.pending else state.keys.tokens(start, stop) + drafts
-    request = state.request
+    request, params = state.request, sequence.params
     images = _slices(request.images, start, stop) if request.images else ()
-    targets = _prompt_targets(state, start, stop)
+    targets: tuple[int, ...] = ()
+    if params.prompt_logprobs is not None and not state.family.prompt_done:
+        # The tokens behind the row's own, as far as they are prompt.
+        targets = sequence.prompt_ids[start + 1 : stop + 1]
     if stop < state.total:
         return PlanRow(slot, tokens, start, False, prompt_targets=targets, images=images)
-    params, count = sequence.params, 1 + len(drafts)
-    ahead = state.pending
+    num_drafts, ahead = len(drafts), state.pending
     uniforms: tuple[float, ...] = ()
-    if not params.greedy:
-        uniforms = tuple([sequence.uniform(ahead=ahead + i) for i in range(count)])
+    if params.temperature:
+        uniforms = tuple([sequence.uniform(ahead=ahead + i) for i in range(1 + num_drafts)])
     ban = 0
     if params.min_tokens:
-        ban = min(count, max(0, params.min_tokens - len(sequence.output_ids) - ahead))
-    return PlanRow(slot, tokens, start, True, count - 1, uniforms, ban, mask, targets, images)
-
-
-def _prompt_targets(state: SampleState, start: int, stop: int) -> tuple[int, ...]:
-    """The tokens behind the row's own, as far as they are prompt and yet to be reported."""
-    family, prompt = state.family, state.sequence.prompt_ids
-    wanted = family.request.params.prompt_logprobs is not None and not family.prompt_done
-    return prompt[start + 1 : stop + 1] if wanted else ()
+        left = params.min_tokens - len(sequence.output_ids) - ahead
+        ban = min(1 + num_drafts, max(0, left))
+    return PlanRow(slot, tokens, start, True, num_drafts, uniforms, ban, mask, targets, images)
 
 
 def _slices(images: Sequence[ImageSpan], start: int, stop: int) -> tuple[ImageSlice, ...]:

@@ -83,6 +83,7 @@ class ContinuousScheduler:
         self.config = config
         self.blocks = blocks
         self._clock = clock
+        self._chunk = config.chunk
         self._drafter = drafter if config.max_drafts > 0 else None
         self._images = EncoderCache(config.max_image_tokens, config.image_capacity)
         self._watermarks = [int(config.watermark * g.num_blocks) for g in blocks.groups]
@@ -221,7 +222,7 @@ class ContinuousScheduler:
     def _plan(self, build: _Build, state: SampleState) -> None:
         """A row for a running sample: a decode, or as much of a prompt as there is room for."""
         start, request = state.planned, state.request
-        stop = min(state.total, start + min(build.budget, self.config.chunk))
+        stop = min(state.total, start + min(build.budget, self._chunk))
         grammar, drafter = request.grammar, self._drafter
         if stop == start or (state.pending and (grammar is not None or drafter is not None)):
             return  # no budget; or the last token has to be known first
@@ -270,15 +271,20 @@ class ContinuousScheduler:
         return drafts if fits else ()
 
     def _preempt_for(self, build: _Build, state: SampleState) -> bool:
-        """Take the blocks of the last in rank that is not in this plan, if it is behind `state`."""
+        """Take the blocks of the last in rank that is not in this plan, if it is behind `state`.
+
+        False if there is none, or if waiting for the plans under way will do.
+        """
         build.lacks_blocks = True
+        if any(pool.num_returning for pool in self.blocks.pools):
+            return False  # blocks are on their way back: wait for those
         for victim in reversed(self._roster.running):
             if victim is state:
-                return False
+                break
             if victim.planned_step != build.step:
                 self._preempt(victim)
                 return True
-        raise AssertionError("only running samples are planned")
+        return False
 
     def _preempt(self, state: SampleState) -> None:
         """Give up its blocks and its slot; it computes again whatever is not cached by then."""
@@ -291,8 +297,6 @@ class ContinuousScheduler:
     def _yield_to_urgent(self) -> None:
         """Make way for a waiting request of strictly better priority."""
         head = self._roster.waiting[0]
-        if head.pending:
-            return
         worse = worth_preempting(head, self._roster, self.blocks)
         while worse and not (self._roster.has_free_slot and self._has_headroom(head)):
             self._preempt(worse.pop())

@@ -20,6 +20,7 @@ from kvist.models.decoder import Decoder
 from kvist.models.registry import family_of
 
 if TYPE_CHECKING:
+    from kvist.cache.codecs import Calibration
     from kvist.cache.protocol import Codec
     from kvist.loading.checkpoint import Checkpoint
     from kvist.loading.image_prompt import ImageProcessor, PreparedPrompt
@@ -104,7 +105,18 @@ class Model:
         """A codec for this model's cache, by name; raises CacheError where there is none."""
         from kvist.cache.codecs import make_codec
 
-        return make_codec(name, self.dtype)
+        return make_codec(name, self.dtype, lambda: self.calibration)
+
+    @cached_property
+    def calibration(self) -> "Calibration":
+        """The mean of this model's keys, which some codecs need; computed when first asked for."""
+        from kvist.cache.codecs.calibration import calibrate, calibration_text
+
+        if self.tokenizer is not None:
+            ids = self.tokenizer.encode(calibration_text())
+        else:
+            ids = [(i * 2654435761) % self.config.vocab_size for i in range(512)]
+        return calibrate(self.lm, ids, dtype=self.dtype, device=self.device)
 
     def require_tokenizer(self) -> "Tokenizer":
         """The tokenizer; raises RequestError where the checkpoint has none."""

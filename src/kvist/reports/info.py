@@ -56,8 +56,8 @@ def cache_bytes_per_token(specs: Any, codec: str, dtype: torch.dtype) -> int:
     made = make_codec(codec, dtype)
     return sum(
         torch.Size(shape).numel() * kind.itemsize
-        for spec in specs
+        for layer_idx, spec in enumerate(specs)
         if isinstance(spec, AttentionSpec)
         for side in SIDES
-        for shape, kind in made.planes(spec, side).values()
+        for shape, kind in made.planes(spec, side, layer_idx).values()
     )

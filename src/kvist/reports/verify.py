@@ -10,9 +10,11 @@ that it is a tie, and is listed.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from kvist.cache import CODECS, LAYOUTS, make_codec
+from kvist.cache import CODECS, LAYOUTS
 from kvist.cache.groups import bytes_per_token, group_layers
 from kvist.core.params import SamplingParams
 from kvist.core.results import Result, TokenLogprob
@@ -87,7 +89,7 @@ def verify(
     prompts = prompts or draw_prompts(model, rng)
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=TOP)
     for name in ("plain", *(n for n in (codecs if codecs is not None else CODECS) if n != "plain")):
-        lossless = make_codec(name, model.dtype).lossless
+        lossless = model.codec(name).lossless
         expected = [
             generate(model, [prompt], params, codec=name, attention="reference")[0]
             for prompt in prompts
@@ -157,6 +159,26 @@ def _paths(
         "engine, host tier",
         engine(rounds=3, cache_memory=tight, block_size=4, host_cache=8 * tight),
     )
+    yield "engine, imported prefix", _imported(model, prompts, params, codec)
+
+
+def _imported(
+    model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams, codec: str
+) -> Run:
+    def run() -> tuple[list[Result], str]:
+        first, second = (LLM(model, codec=codec, block_size=4) for _ in range(2))
+        first.generate(prompts, params)
+        with TemporaryDirectory() as directory:
+            for index, prompt in enumerate(prompts):
+                if len(prompt) >= 4:
+                    path = Path(directory) / f"{index}.safetensors"
+                    first.export_prefix(prompt, path)
+                    second.import_prefix(path)
+        results = second.generate(prompts, params)
+        second.engine.check()
+        return results, _note(second, results)
+
+    return run
 
 
 def _in_turn(
@@ -194,7 +216,7 @@ def _tight(
     model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams, codec: str
 ) -> int:
     """Cache memory that holds the longest request and little more, so that others must give way."""
-    made = make_codec(codec, model.dtype)
+    made = model.codec(codec)
     groups = group_layers(model.specs)
     longest = max(map(len, prompts)) + (params.max_tokens or 0)
     per_token = sum(bytes_per_token(group, made) for group in groups)

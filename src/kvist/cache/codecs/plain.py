@@ -1,19 +1,12 @@
-"""Codecs: how a token's keys and values are written. `plain` writes them as they are.
+"""`plain`: keys and values as they are, in a floating-point type."""
 
-A codec knows nothing of where planes lie or which tokens stay. A new one is a class in a file of
-its own and a line in `CODECS` (docs/recipes/codec.md); the contract suite then tests it on every
-layout.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvist.cache.protocol import Codec, Planes, Shape, Side
+from kvist.cache.protocol import Planes, Shape, Side
 from kvist.core.spec import AttentionSpec
-from kvist.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,14 @@ class Plain:
     name = "plain"
     lossless = True
 
-    def planes(self, spec: AttentionSpec, side: Side) -> dict[str, tuple[Shape, torch.dtype]]:
+    @property
+    def fingerprint(self) -> str:
+        """The dtype is all that decides what the bytes mean."""
+        return f"plain({str(self.dtype).removeprefix('torch.')})"
+
+    def planes(
+        self, spec: AttentionSpec, side: Side, layer_idx: int
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """One plane, `x`."""
         return {"x": ((spec.num_kv_heads, spec.head_dim), self.dtype)}
 
@@ -44,17 +44,3 @@ class Plain:
     def from_basis(self, out: Tensor, layer_idx: int) -> Tensor:
         """The planes' basis is the model's."""
         return out
-
-
-CODECS: dict[str, Callable[[torch.dtype], Codec]] = {"plain": Plain}
-
-
-def make_codec(name: str, dtype: torch.dtype) -> Codec:
-    """The codec of this name for a model that computes in `dtype`.
-
-    Raises:
-        CacheError: no codec of this name.
-    """
-    if name not in CODECS:
-        raise CacheError(f"no codec named {name!r}; there are: {', '.join(CODECS)}")
-    return CODECS[name](dtype)
