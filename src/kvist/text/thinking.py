@@ -1,4 +1,4 @@
-"""Thinking and answer apart: what a model writes between `<think>` and `</think>`, while it streams.
+"""Thinking and answer apart: what a model writes between `<think>` and `</think>`, as it streams.
 
 `split_thinking` says what belongs where; `ThinkingParser` gives the same for text that comes in
 pieces, however it is cut. Nothing is hidden or shown here: that is the screen's or the server's
