@@ -1,4 +1,4 @@
-# make demo    everything from nothing: environment, model, a question answered
+# make demo    everything from nothing: environment, model, a question answered, a picture seen
 # make test    the whole suite
 # make check   lint, format, types
 # make bench   speed against transformers, in one run
@@ -18,6 +18,8 @@ demo: $(VENV)/.core
 	@$(BIN)/kvist pull smollm2-135m > /dev/null
 	@echo "> $(QUESTION)"
 	@$(BIN)/kvist generate smollm2-135m "$(QUESTION)" --greedy --max-tokens 120
+	@echo
+	@$(BIN)/python examples/look.py
 
 test: $(VENV)/.dev
 	@$(BIN)/kvist pull smollm2-135m > /dev/null || echo "no SmolLM2: its tests will be skipped" >&2
@@ -38,7 +40,7 @@ docs: $(VENV)/.dev
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH))
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable ".[images]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core

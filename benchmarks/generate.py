@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [--batch 1 8] [--runs 3] [--json results.json]
 
-Workload: prompts of 512 tokens, 128 new tokens, greedy, end-of-sequence ignored. Each contender runs
-in a process of its own, so that peak memory is its own, and contenders take turns, so that a
+Workload: prompts of 512 tokens, 128 new tokens, greedy, end-of-sequence ignored. Each contender
+runs in a process of its own, so that peak memory is its own, and contenders take turns, so that a
 machine whose speed drifts treats them alike. Prefill is prompt tokens over time to first token;
 decode is new tokens over the time after it.
 """
@@ -20,7 +20,13 @@ import time
 from pathlib import Path
 
 PROMPT, NEW = 512, 128
-CONTENDERS = ("kvist", "kvist-static", "kvist-no-cache", "transformers-dynamic", "transformers-static")
+CONTENDERS = (
+    "kvist",
+    "kvist-static",
+    "kvist-no-cache",
+    "transformers-dynamic",
+    "transformers-static",
+)
 
 
 def main() -> None:
@@ -140,14 +146,17 @@ def with_transformers(name, model):
 
 def report(rows) -> None:
     """A table of medians, with each contender's decode beside transformers' StaticCache."""
-    print(f"\n{'contender':<22}{'batch':>6}{'TTFT s':>9}{'prefill':>10}{'decode':>9}{'x static':>10}{'RSS MB':>8}")
+    columns = ("TTFT s", "prefill", "decode", "x static", "RSS MB")
+    print(f"\n{'contender':<22}{'batch':>6}" + "".join(f"{column:>10}" for column in columns))
     for row in rows:
         m = row["median"]
-        peers = [r for r in rows if r["batch"] == row["batch"] and r["contender"] == "transformers-static"]
-        ratio = f"{m['decode_tok_s'] / peers[0]['median']['decode_tok_s']:.2f}" if peers else "-"
+        beside = [r for r in rows if r["batch"] == row["batch"]]
+        static = [r["median"] for r in beside if r["contender"] == "transformers-static"]
+        ratio = f"{m['decode_tok_s'] / static[0]['decode_tok_s']:.2f}" if static else "-"
         print(
-            f"{row['contender']:<22}{row['batch']:>6}{m['ttft_s']:>9.2f}{m['prefill_tok_s']:>10.0f}"
-            f"{m['decode_tok_s']:>9.1f}{ratio:>10}{m['peak_rss_mb']:>8.0f}"
+            f"{row['contender']:<22}{row['batch']:>6}{m['ttft_s']:>10.2f}"
+            f"{m['prefill_tok_s']:>10.0f}{m['decode_tok_s']:>10.1f}{ratio:>10}"
+            f"{m['peak_rss_mb']:>10.0f}"
         )
 
 
