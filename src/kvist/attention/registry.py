@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvist.attention.kernels import supports as triton_supports
+from kvist.attention.kernels import triton_attention
 from kvist.attention.reference import reference_attention
 from kvist.attention.sdpa import sdpa_attention
 from kvist.cache.protocol import KV
@@ -28,6 +30,7 @@ class Backend:
 
 # In order of preference; the reference stands last and supports everything.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(triton_attention, triton_supports),
     "sdpa": Backend(sdpa_attention, lambda kv: True),
     "reference": Backend(reference_attention, lambda kv: True),
 }

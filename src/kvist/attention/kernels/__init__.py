@@ -1,0 +1,112 @@
+"""Attention over the paged layout by Triton kernels that read planes and tables in place.
+
+Registered as `triton` for every machine; `supports` says no where there is no Triton, no GPU or no
+paged cache, and nothing of Triton is imported before it said yes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvist.attention.kernels.formats import PLAIN, Format, read_format
+from kvist.cache.paged_view import PagedKV
+from kvist.cache.protocol import KV
+from kvist.kernels import can_run
+
+NAME = "triton"
+WHOLE_PROMPT = 1024  # tokens from which torch's attention over gathered keys is the faster
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_formats(kv: PagedKV) -> tuple[Format, Format] | None:
+    """The layer's keys and values as kernels read them, or None where they cannot."""
+    keys, values = (read_format(kv.planes(side), kv.spec.head_dim) for side in ("key", "value"))
+    return None if keys is None or values is None else (keys, values)
+
+
+def supports(kv: KV) -> bool:
+    """Whether the kernels can read this view.
+
+    They read paged caches whose head_dim is a power of two from 16 on. In the interpreter only
+    where asked for by name, since that is slow.
+    """
+    if not isinstance(kv, PagedKV):
+        return False
+    device, size = kv.kv_lens.device, kv.spec.head_dim
+    if size < 16 or size & (size - 1) or not can_run(device):
+        return False
+    if device.type == "cpu" and kv.backend != NAME:
+        return False
+    return read_formats(kv) is not None
+
+
+def triton_attention(q: Tensor, kv: KV, scale: float, *, dependent: bool = False) -> Tensor:
+    """Shapes as in `attend`.
+
+    With `dependent` the decode kernels may start before the kernel before them has ended.
+    """
+    from kvist.attention.kernels.launch import (
+        Pages,
+        Workspace,
+        decode,
+        most_splits,
+        prefill,
+        prefill_queries,
+        prefill_work,
+    )
+
+    assert isinstance(kv, PagedKV)
+    formats = read_formats(kv)
+    assert formats is not None
+    batch, heads = kv.batch, q.shape[1]
+    pages = Pages(*formats, kv.spec, kv.block_size, kv.block_table, kv.kv_lens, kv.query_starts)
+    q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
+    out = torch.empty_like(q)
+    singles = [n for n, new in zip(batch.kv_lens, batch.query_lens, strict=True) if new == 1]
+    if singles:
+        splits = most_splits(pages, singles)
+        key = ("triton decode", heads, kv.spec.head_dim, splits)
+        if key not in kv.memo:
+            kv.memo[key] = Workspace.make(len(batch.kv_lens), heads, q.shape[2], splits, q.device)
+        ragged = len(singles) < batch.num_sequences
+        decode(q, pages, out, kv.memo[key], scale, ragged=ragged, dependent=dependent)
+    fresh = _fresh_prompts(kv) if formats[0].kind == formats[1].kind == PLAIN else ()
+    for b in fresh:
+        _whole_prompt(q, kv, out, b, scale)
+    if any(new > 1 and b not in fresh for b, new in enumerate(batch.query_lens)):
+        queries = prefill_queries(heads, kv.spec.num_kv_heads)
+        runs = ("triton prefill", queries, fresh)
+        if runs not in kv.memo:
+            kv.memo[runs] = prefill_work(batch, queries, q.device, without=fresh)
+        prefill(q, pages, out, kv.memo[runs], scale)
+    return kv.codec.from_basis(out, kv.layer_idx)
+
+
+def _fresh_prompts(kv: PagedKV) -> tuple[int, ...]:
+    """Sequences that torch's own kernels are faster for: long, with nothing cached, causal."""
+    batch, spec = kv.batch, kv.spec
+    if kv.kv_lens.device.type != "cuda" or kv.planes("key")["x"].dtype == torch.float32:
+        return ()
+    return tuple(
+        b
+        for b, (n, new) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True))
+        if n == new >= WHOLE_PROMPT and (spec.window is None or n <= spec.window)
+    )
+
+
+def _whole_prompt(q: Tensor, kv: PagedKV, out: Tensor, index: int, scale: float) -> None:
+    """Causal attention of a sequence that has all its keys in this step."""
+    start, end = kv.batch.query_spans[index]
+    keys, values, _ = kv.sequence(index)
+    mixed = scaled_dot_product_attention(
+        q[start:end].transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=True,
+    )
+    out[start:end] = mixed[0].transpose(0, 1)
+
+
+__all__ = ["NAME", "PLAIN", "read_format", "read_formats", "supports", "triton_attention"]

@@ -1,0 +1,287 @@
+"""Launches of the paged attention kernels: shapes, splits and tile sizes, from a `PagedKV`.
+
+Lengths come from the host's copy, so that nothing waits for the device. Imports Triton; imported
+only by `attention.kernels.triton_attention` and by steps that know they run on a GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvist.attention.kernels.decode_kernels import combine_kernel, split_kernel
+from kvist.attention.kernels.formats import FP8, INT4, INT8, PLAIN, Format
+from kvist.attention.kernels.prefill_kernels import prefill_kernel
+from kvist.cache.batch import Batch, int_tensor
+from kvist.core.spec import AttentionSpec
+
+LOG2_E = 1.4426950408889634
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Where a context is split, as a function of its own length alone.
+
+    A split takes `shortest` keys in contexts of up to `target / 4` of them, which leave most of a
+    GPU idle; in longer ones so many times two more that `target` splits suffice, but no more than
+    `longest`. Both are powers of two, `longest` the larger.
+    """
+
+    shortest: int = 64
+    longest: int = 1024
+    target: int = 16
+
+    @property
+    def doublings(self) -> int:
+        """How often the shortest split doubles at most."""
+        return (self.longest // self.shortest).bit_length() - 1
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The longest context for each length of split but the last."""
+        first = self.target * self.shortest // 4
+        return (first, *(self.target * self.shortest << i for i in range(1, self.doublings)))
+
+    def length(self, count: int) -> int:
+        """Keys of each split of a context with `count` visible keys."""
+        return self.shortest << sum(count > limit for limit in self.limits)
+
+    def most(self, limit: int) -> int:
+        """Splits that any context of up to `limit` visible keys has at most."""
+        # The number is largest where a length of split ends, or at the limit.
+        ends = [n for n in self.limits if n < limit]
+        return max(-(-n // self.length(n)) for n in (*ends, max(limit, 1)))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tile sizes and how the compiler is to spread them."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+SPLITS = Splits()
+# Measured on an H200. A tile's block numbers are loaded before its keys, so that two tiles are on
+# their way only from five stages on.
+DECODE = {
+    PLAIN: Tuning(64, 4, 3),
+    FP8: Tuning(32, 1, 5),
+    INT8: Tuning(64, 4, 5),
+    INT4: Tuning(32, 1, 5),
+}
+PREFILL = {
+    PLAIN: Tuning(64, 4, 3),
+    FP8: Tuning(64, 4, 3),
+    INT8: Tuning(64, 8, 5),
+    INT4: Tuning(64, 8, 5),
+}
+PREFILL_ROWS = 128  # queries times heads of a group
+
+
+@dataclass(frozen=True)
+class Pages:
+    """One layer of a paged pool as kernels read it."""
+
+    keys: Format
+    values: Format
+    spec: AttentionSpec
+    block_size: int
+    block_table: Tensor
+    kv_lens: Tensor
+    query_starts: Tensor
+
+    def constants(self, heads: int) -> dict[str, Any]:
+        """What the kernels are compiled for."""
+        plain = self.keys.kind == PLAIN
+        return {
+            "HEADS": heads,
+            "KV_HEADS": self.spec.num_kv_heads,
+            "HEAD_DIM": self.spec.head_dim,
+            "BLOCK_SIZE": self.block_size,
+            "WINDOW": self.spec.window or 0,
+            "SINKS": self.spec.sinks if self.spec.window else 0,
+            "K_KIND": self.keys.kind,
+            "K_GROUPS": self.keys.groups,
+            "V_KIND": self.values.kind,
+            "V_GROUPS": self.values.groups,
+            "Q_DTYPE": _TYPES[self.keys.values.dtype] if plain else tl.float16,
+            "PACKED": self.keys.values.device.type == "cuda",
+        }
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        """The planes in the kernels' order; those that a codec lacks are never read."""
+        planes: list[Tensor] = []
+        for side in (self.keys, self.values):
+            scales = side.values if side.scales is None else side.scales
+            planes += [side.values, scales, scales if side.zeros is None else side.zeros]
+        return (*planes, self.block_table, self.kv_lens, self.query_starts)
+
+    def visible(self, kv_len: int) -> int:
+        """Keys that a sequence's last query sees."""
+        if self.spec.window is None:
+            return kv_len
+        return min(kv_len, self.spec.window + self.spec.sinks)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the splits of a decode step leave for the kernel that puts them together."""
+
+    partial: Tensor  # [B, heads, splits, head_dim] float32
+    stats: Tensor  # [B, heads, splits, 2] float32: maximum in base 2, sum
+    max_splits: int
+
+    @classmethod
+    def make(cls, rows: int, heads: int, head_dim: int, splits: int, device: torch.device) -> Any:
+        """Uninitialised room for `rows` sequences."""
+        shape = (rows, heads, splits)
+        return cls(
+            torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+            torch.empty(*shape, 2, dtype=torch.float32, device=device),
+            splits,
+        )
+
+
+def decode(
+    q: Tensor,
+    pages: Pages,
+    out: Tensor,
+    work: Workspace,
+    scale: float,
+    *,
+    ragged: bool,
+    splits: Splits = SPLITS,
+    tuning: Tuning | None = None,
+    dependent: bool = False,
+) -> None:
+    """Attention of the sequences with one query each, into `out`.
+
+    Args:
+        q: `[N, heads, head_dim]` in the planes' basis, contiguous.
+        pages: the layer, with tables and lengths of B sequences.
+        out: like q; other sequences' rows are left alone.
+        work: from `Workspace.make`, for at least the splits that these lengths have.
+        scale: factor of the scores.
+        ragged: whether sequences may have other numbers of queries; where not, row b is
+            sequence b.
+        splits: where contexts are split.
+        tuning: tile sizes; by default those of the codec.
+        dependent: start before the kernel before has ended (programmatic dependent launch).
+    """
+    heads, count = q.shape[1], pages.kv_lens.shape[0]
+    constants = pages.constants(heads)
+    tuning = tuning or DECODE[pages.values.kind]
+    common = {
+        "WINDOW": constants["WINDOW"],
+        "SINKS": constants["SINKS"],
+        "RAGGED": ragged,
+        "MIN_SPLIT": splits.shortest,
+        "DOUBLINGS": splits.doublings,
+        "TARGET": splits.target,
+        "DEPENDENT": dependent,
+    }
+    pdl = {"launch_pdl": True} if dependent else {}
+    group = heads // pages.spec.num_kv_heads
+    split_kernel[(pages.spec.num_kv_heads, work.max_splits, count)](
+        q,
+        *pages.pointers(),
+        work.partial,
+        work.stats,
+        pages.block_table.stride(0),
+        work.max_splits,
+        scale * LOG2_E,
+        **{**constants, **common},
+        ROWS=max(16, triton.next_power_of_2(group)),
+        TILE=tuning.tile,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        **pdl,
+    )
+    combine_kernel[(heads, count)](
+        work.partial,
+        work.stats,
+        pages.kv_lens,
+        pages.query_starts,
+        out,
+        work.max_splits,
+        HEADS=heads,
+        HEAD_DIM=pages.spec.head_dim,
+        **common,
+        num_warps=2,
+        **pdl,
+    )
+
+
+def prefill_work(
+    batch: Batch, queries: int, device: torch.device, without: Sequence[int] = ()
+) -> Tensor:
+    """`[runs, 2]` int32: (sequence, first query) of every run of `queries` queries.
+
+    The runs with the most keys come first, so that none of them is left alone at the end.
+    Sequences with one query are the decode kernel's; those in `without` are left out too.
+    """
+    runs = [
+        (cached + i, b, i)
+        for b, (n, cached) in enumerate(zip(batch.query_lens, batch.cached_lens, strict=True))
+        if n > 1 and b not in without
+        for i in range(0, n, queries)
+    ]
+    runs.sort(reverse=True)
+    return int_tensor([x for _, b, i in runs for x in (b, i)], device, torch.int32).view(-1, 2)
+
+
+def prefill_queries(heads: int, kv_heads: int, rows: int = PREFILL_ROWS) -> int:
+    """Queries of a run, so that with the heads of a group they make `rows` rows."""
+    return max(1, rows // int(triton.next_power_of_2(heads // kv_heads)))
+
+
+def prefill(
+    q: Tensor,
+    pages: Pages,
+    out: Tensor,
+    runs: Tensor,
+    scale: float,
+    *,
+    tuning: Tuning | None = None,
+    rows: int = PREFILL_ROWS,
+) -> None:
+    """Attention of the sequences with several queries, into `out`.
+
+    Args:
+        q: `[N, heads, head_dim]` in the planes' basis, contiguous.
+        pages: the layer, with tables and lengths of B sequences.
+        out: like q; other sequences' rows are left alone.
+        runs: from `prefill_work`, for `prefill_queries` queries each.
+        scale: factor of the scores.
+        tuning: tile sizes; by default those of the codec.
+        rows: of a program, queries times heads of a group.
+    """
+    heads, kv_heads = q.shape[1], pages.spec.num_kv_heads
+    tuning = tuning or PREFILL[pages.values.kind]
+    prefill_kernel[(kv_heads, runs.shape[0])](
+        q,
+        *pages.pointers(),
+        runs,
+        out,
+        pages.block_table.stride(0),
+        scale * LOG2_E,
+        **pages.constants(heads),
+        QUERIES=prefill_queries(heads, kv_heads, rows),
+        GROUP=triton.next_power_of_2(heads // kv_heads),
+        TILE=tuning.tile,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+    )
+
+
+def most_splits(pages: Pages, kv_lens: Sequence[int], splits: Splits = SPLITS) -> int:
+    """Splits of a step with these lengths, at most, as a power of two: few kinds of launch."""
+    most = splits.most(pages.visible(max(kv_lens, default=1)))
+    return int(triton.next_power_of_2(most))

@@ -1,0 +1,39 @@
+"""Whether Triton kernels can run here; the room of those that know no cache: norms, rotary, MLP.
+
+Importing this asks for neither Triton nor a GPU. The modules beside it import Triton and are
+imported only where `can_run` said yes. Attention's own kernels stand in `attention/kernels`.
+"""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter on the CPU: for tests, slow by design."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _is_new_enough(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device.
+
+    On NVIDIA GPUs from compute capability 8.0 on, and on the CPU in the interpreter.
+    """
+    if not has_triton():
+        return False
+    if device.type != "cuda":
+        return device.type == "cpu" and interpreted()
+    return torch.version.cuda is not None and _is_new_enough(device.index or 0)

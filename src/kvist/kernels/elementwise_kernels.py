@@ -1,0 +1,112 @@
+# mypy: ignore-errors
+# ruff: noqa: N803
+"""What stands between a layer's matrix products: norms, rotary with cache write, SwiGLU.
+
+All arithmetic is float32, whatever the tensors' dtype. Launched by elementwise.py.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    out_ptr,
+    size,
+    rows,
+    eps,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One row: x += the sum of delta's PARTS, written back; out = x / rms(x) * weight."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    ok = i < size
+    weight = tl.load(weight_ptr + i, mask=ok, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + row * size + i, mask=ok, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            at = (part * rows + row) * size
+            x += tl.load(delta_ptr + at + i, mask=ok, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row * size + i, x.to(x_ptr.dtype.element_ty), mask=ok)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + eps)
+    tl.store(out_ptr + row * size + i, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def rotary_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    places_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORM: tl.constexpr,
+    PLACED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One (head of q, k or v, token): q and k normalised and rotated, k and v to their places."""
+    h = tl.program_id(0)
+    token = tl.program_id(1).to(tl.int64)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    i = tl.arange(0, HALF)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    source = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + h) * HEAD_DIM
+    a = tl.load(source + i)
+    b = tl.load(source + HALF + i)
+    if h >= HEADS + KV_HEADS:
+        place = tl.load(places_ptr + token) if PLACED else token
+        target = v_ptr + (place * KV_HEADS + h - HEADS - KV_HEADS) * HEAD_DIM
+        tl.store(target + i, a.to(v_ptr.dtype.element_ty))
+        tl.store(target + HALF + i, b.to(v_ptr.dtype.element_ty))
+    else:
+        x = a.to(tl.float32)
+        y = b.to(tl.float32)
+        if NORM:
+            scale = 1.0 / tl.sqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / HEAD_DIM + eps)
+            weight_ptr = q_weight_ptr
+            if h >= HEADS:
+                weight_ptr = k_weight_ptr
+            x = x * scale * tl.load(weight_ptr + i).to(tl.float32)
+            y = y * scale * tl.load(weight_ptr + HALF + i).to(tl.float32)
+        cos = tl.load(cos_ptr + token * HALF + i)
+        sin = tl.load(sin_ptr + token * HALF + i)
+        first = x * cos - y * sin
+        second = y * cos + x * sin
+        if h < HEADS:
+            target = q_ptr + (token * HEADS + h) * HEAD_DIM
+            tl.store(target + i, first.to(q_ptr.dtype.element_ty))
+            tl.store(target + HALF + i, second.to(q_ptr.dtype.element_ty))
+        else:
+            place = tl.load(places_ptr + token) if PLACED else token
+            target = k_ptr + (place * KV_HEADS + h - HEADS) * HEAD_DIM
+            tl.store(target + i, first.to(k_ptr.dtype.element_ty))
+            tl.store(target + HALF + i, second.to(k_ptr.dtype.element_ty))
+
+
+@triton.jit
+def silu_mul_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """One (run of channels, row): silu(gate) * up, gates first in a row of x."""
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    gate = tl.load(x_ptr + row * 2 * size + i, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * size + size + i, mask=ok, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * size + i, out.to(out_ptr.dtype.element_ty), mask=ok)

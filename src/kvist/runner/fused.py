@@ -1,0 +1,226 @@
+"""A step made of fused kernels, from the weights of a dense decoder: a drop-in for `model_step`.
+
+Few tokens (decoding) go through products that stream weights with norm, SwiGLU and residual sum
+fused in; many tokens (prefill) through torch's matrix products between fused kernels. Float32
+residual stream. Nothing in a step waits for the device, so decoding can be captured (graphs.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvist.attention import attend
+from kvist.attention.kernels import NAME, PLAIN, read_format, supports, triton_attention
+from kvist.cache import Batch, KVCache
+from kvist.cache.paged_view import GroupView, PagedBinding, PagedKV
+from kvist.cache.protocol import KV, SIDES
+from kvist.errors import NotSupported
+from kvist.kernels import can_run
+from kvist.models.decoder import Block, Decoder, GatedMLP, RMSNorm
+from kvist.models.rope import rope_frequencies
+from kvist.runner.step import StepFunction, model_step
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [N, head_dim / 2] float32
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights as the kernels want them."""
+
+    input_norm: Tensor
+    qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
+    head_norms: tuple[Tensor, Tensor] | None  # q's and k's, each [head_dim]
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    down: Tensor
+
+
+def _layer_weights(block: Block) -> LayerWeights:
+    attention, mlp = block.self_attn, block.mlp
+    assert isinstance(mlp, GatedMLP)
+    norms = None
+    if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
+        norms = (attention.q_norm.weight.data, attention.k_norm.weight.data)
+    return LayerWeights(
+        block.input_layernorm.weight.data,
+        torch.cat([p.weight.data for p in (attention.q_proj, attention.k_proj, attention.v_proj)]),
+        norms,
+        attention.o_proj.weight.data,
+        block.post_attention_layernorm.weight.data,
+        torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data]),
+        mlp.down_proj.weight.data,
+    )
+
+
+class FusedStep:
+    """A decoder's forward over a paged cache; any other batch goes through the model itself.
+
+    Keeps copies of the q, k, v, gate and up projections, so that each pair or triple is one
+    matrix; everything else is the model's own memory.
+
+    Args:
+        lm: a dense decoder without biases (Llama, Qwen3), on a device that runs kernels.
+        dependent: start each kernel of a decode step before the one before has ended
+            (programmatic dependent launch, from compute capability 9.0 on).
+    """
+
+    def __init__(self, lm: Decoder, *, dependent: bool = False) -> None:
+        """Copy what has to be copied."""
+        config = lm.config
+        blocks = [block for block in lm.model.layers if isinstance(block, Block)]
+        dense = all(isinstance(block.mlp, GatedMLP) for block in blocks)
+        if config.attention_bias or config.output_bias or config.mlp_bias or not dense:
+            raise NotSupported("fused kernels run dense decoders without biases; use the model's")
+        device = lm.lm_head.weight.device
+        if not can_run(device) or config.head_dim % 2:
+            raise NotSupported(f"fused kernels do not run on {device}; use the model's own step")
+        self.lm, self.config, self.dependent = lm, config, dependent
+        self.layers = [_layer_weights(block) for block in blocks]
+        self.fallback: StepFunction = model_step(lm)
+        self.frequencies = rope_frequencies(config.rope).to(device)
+
+    def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
+        """See `StepFunction`."""
+        positions = batch.positions if batch.rope_positions is None else batch.rope_positions
+        if not isinstance(cache, PagedBinding) or positions.dim() != 1 or not batch.num_tokens:
+            return self.fallback(batch, cache)
+        given = batch.embeddings
+        embeddings = self.lm.embed(batch.token_ids) if given is None else given
+        angles = positions[:, None] * self.frequencies
+        factor = self.config.rope.attention_factor
+        rotation = angles.cos(), angles.sin()
+        if factor != 1.0:
+            rotation = rotation[0] * factor, rotation[1] * factor
+        if batch.num_tokens == 1:
+            return self._one_row(embeddings, rotation, cache, batch)
+        return self._rows(embeddings, rotation, cache, batch)
+
+    def _one_row(
+        self, embeddings: Tensor, rotation: Rotation, cache: PagedBinding, batch: Batch
+    ) -> Tensor:
+        """Matrix-vector products; the norms are their prologues, the residual sums epilogues."""
+        from kvist.kernels.linear import gemv
+        from kvist.runner.tuning import gemv_tuning
+
+        config, eps, dependent = self.config, self.config.rms_norm_eps, self.dependent
+        x = embeddings.float()
+        like: dict[str, Any] = {"dtype": embeddings.dtype, "device": x.device}
+        normed: dict[str, Any] = {"eps": eps, "dependent": dependent}
+        act = torch.empty(1, config.intermediate_size, **like)
+        for i, layer in enumerate(self.layers):
+            qkv = torch.empty(1, layer.qkv.shape[0], **like)
+            tuning = gemv_tuning(*layer.qkv.shape)
+            gemv(x, layer.qkv, qkv, norm=layer.input_norm, tuning=tuning, **normed)
+            out = self._attention(i, qkv, rotation, cache, dependent)
+            tuning = gemv_tuning(*layer.o.shape)
+            gemv(out, layer.o, x, epilogue="add", tuning=tuning, dependent=dependent)
+            tuning = gemv_tuning(config.intermediate_size, config.hidden_size)
+            norm = layer.mlp_norm
+            gemv(x, layer.gate_up, act, norm=norm, epilogue="silu", tuning=tuning, **normed)
+            tuning = gemv_tuning(*layer.down.shape)
+            gemv(act, layer.down, x, epilogue="add", tuning=tuning, dependent=dependent)
+        rows, head = batch.logit_rows.shape[0], self.lm.lm_head.weight
+        logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=x.device)
+        if rows:
+            norm = self.lm.model.norm.weight
+            gemv(x, head, logits, norm=norm, tuning=gemv_tuning(*head.shape), **normed)
+        return logits
+
+    def _rows(
+        self, embeddings: Tensor, rotation: Rotation, cache: PagedBinding, batch: Batch
+    ) -> Tensor:
+        """Matrix products; what each adds to the residual stream is added by the next norm."""
+        from kvist.kernels.elementwise import rms_norm, silu_mul
+        from kvist.kernels.linear import MOST_ROWS, gemm
+        from kvist.runner.tuning import gemm_tuning
+
+        config, eps = self.config, self.config.rms_norm_eps
+        few = embeddings.shape[0] <= MOST_ROWS
+        dependent = self.dependent and few
+        dtype, device = embeddings.dtype, embeddings.device
+
+        def product(y: Tensor, w: Tensor, *, residual: bool = False) -> Tensor:
+            """`[rows, N]`; of a residual's few rows `[parts, rows, N]` float32."""
+            if not few:
+                return F.linear(y, w)
+            tuning = gemm_tuning(*w.shape, residual=residual)
+            shape = (y.shape[0], w.shape[0])
+            out = (
+                torch.empty(tuning.splits, *shape, dtype=torch.float32, device=device)
+                if residual
+                else torch.empty(shape, dtype=dtype, device=device)
+            )
+            gemm(y, w, out, tuning=tuning, dependent=dependent)
+            return out
+
+        x = embeddings.to(torch.float32, copy=True)
+        y = torch.empty_like(embeddings)
+        delta: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            rms_norm(x, layer.input_norm, eps, y, delta, dependent=dependent)
+            out = self._attention(i, product(y, layer.qkv), rotation, cache, dependent)
+            delta = product(out, layer.o, residual=True)
+            rms_norm(x, layer.mlp_norm, eps, y, delta, dependent=dependent)
+            if few:
+                act = torch.empty(y.shape[0], config.intermediate_size, dtype=dtype, device=device)
+                tuning = gemm_tuning(*layer.gate_up.shape, residual=False)
+                gemm(y, layer.gate_up, act, silu=True, tuning=tuning, dependent=dependent)
+            else:
+                act = silu_mul(F.linear(y, layer.gate_up))
+            delta = product(act, layer.down, residual=True)
+        assert delta is not None
+        rows = batch.logit_rows
+        picked, last = x.index_select(0, rows), delta.index_select(-2, rows)
+        hidden = torch.empty(rows.shape[0], config.hidden_size, dtype=dtype, device=device)
+        if rows.shape[0]:
+            rms_norm(picked, self.lm.model.norm.weight, eps, hidden, last)
+        return self.lm.logits(hidden)
+
+    def _attention(
+        self, layer_idx: int, qkv: Tensor, rotation: Rotation, cache: PagedBinding, dependent: bool
+    ) -> Tensor:
+        """Normalise, rotate, write, attend: `[N, heads * head_dim]`."""
+        from kvist.kernels.elementwise import rotate_and_write
+
+        config, layer = self.config, self.layers[layer_idx]
+        count = qkv.shape[0]
+        like: dict[str, Any] = {"dtype": qkv.dtype, "device": qkv.device}
+        q = torch.empty(count, config.num_heads, config.head_dim, **like)
+        view = _view_of(cache, layer_idx)
+        planes = view.pool.planes[layer_idx]
+        read = read_format(planes["key"], config.head_dim)
+        in_place = read is not None and read.kind == PLAIN
+        if in_place:
+            # [blocks * block_size, kv_heads, head_dim]
+            keys, values = (planes[side]["x"].flatten(0, 1) for side in SIDES)
+        else:
+            keys, values = torch.empty(2, count, config.num_kv_heads, config.head_dim, **like)
+        rotate_and_write(
+            qkv,
+            layer.head_norms,
+            config.rms_norm_eps,
+            rotation,
+            q,
+            keys,
+            values,
+            view.slot_mapping if in_place else None,
+            dependent=dependent,
+        )
+        if in_place:
+            cache.written.add(layer_idx)
+            kv: KV = PagedKV(cache, view, layer_idx)
+        else:
+            kv = cache.update(keys, values, layer_idx)
+        scale = config.head_dim**-0.5
+        if kv.backend in (None, NAME) and supports(kv):
+            return triton_attention(q, kv, scale, dependent=dependent).flatten(1)
+        return attend(q, kv, scale=scale).flatten(1)
+
+
+def _view_of(cache: PagedBinding, layer_idx: int) -> GroupView:
+    """The group that a layer belongs to."""
+    return next(view for view in cache.views if layer_idx in view.pool.group.layers)

@@ -1,0 +1,97 @@
+"""The fused step gives the model's own logits, prefilling and decoding, and replayed as a graph."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvist.cache import Batch, make_codec
+from kvist.cache.dense import DynamicCache
+from kvist.cache.paged_cache import PagedCache
+from kvist.errors import NotSupported
+from kvist.models.decoder import Decoder
+from kvist.models.registry import family_of
+from kvist.runner.fused import FusedStep
+from kvist.runner.graphs import graphed
+from kvist.runner.step import StepFunction, model_step
+
+CONFIG = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "num_hidden_layers": 2,
+}
+SLIDING = {
+    "model_type": "qwen3",
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 9,
+    "tie_word_embeddings": True,
+}
+PROMPTS = [list(range(3, 3 + n)) for n in (37, 4, 11)]
+
+
+def tiny(device: torch.device, **changes: object) -> Decoder:
+    config = CONFIG | changes
+    family = family_of(config)
+    torch.manual_seed(0)
+    model = family.build(family.read(config)).to(device).eval()
+    for name, weight in model.named_parameters():
+        with torch.no_grad():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return model.requires_grad_(False)
+
+
+def paged(model: Decoder, rows: int, device: torch.device) -> PagedCache:
+    codec = make_codec("plain", torch.float32)
+    cache = PagedCache(model.specs, codec, rows=rows, block_size=4, num_blocks=80, device=device)
+    cache.pool.reserve([80] * len(cache.pool.pools), 8, 64, 256)
+    cache._stale = True
+    return cache
+
+
+def run(step: StepFunction, cache, prompts, device: torch.device, backend=None) -> list[Tensor]:
+    """Logits of a prefill and of seven greedy steps."""
+    found, new = [], prompts
+    for _ in range(8):
+        batch = Batch.pack(new, cache.lengths, device=device)
+        logits = step(batch, cache.bind(batch, backend=backend)).clone()
+        cache.commit(batch)
+        found.append(logits)
+        new = [[token] for token in logits.argmax(-1).tolist()]
+    return found
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three rows", "one row"])
+@pytest.mark.parametrize("family", [SLIDING, {"model_type": "llama"}], ids=["qwen3", "llama"])
+def test_fused_step_gives_the_models_logits(family, prompts, device):
+    model = tiny(device, **family)
+    codec = make_codec("plain", torch.float32)
+    dense = DynamicCache(model.specs, codec, rows=len(prompts), device=device)
+    expected = run(model_step(model), dense, prompts, device)
+    ours = run(FusedStep(model), paged(model, len(prompts), device), prompts, device, "triton")
+    for a, b in zip(ours, expected, strict=True):
+        assert (a - b).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three rows", "one row"])
+def test_graphed_step_gives_the_same_bits(prompts, device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    model = tiny(device, **SLIDING)
+    cache = paged(model, len(prompts), device)
+    step = graphed(FusedStep(model), cache.pool, buckets=(1, 4))
+    ours = run(step, cache, prompts, device)
+    expected = run(FusedStep(model), paged(model, len(prompts), device), prompts, device)
+    if len(prompts) == 1:
+        assert all(a.equal(b) for a, b in zip(ours, expected, strict=True))
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(ours, expected, strict=True))
+
+
+def test_models_that_the_kernels_do_not_know_are_refused(device):
+    model = tiny(device, model_type="llama", attention_bias=True)
+    with pytest.raises(NotSupported, match="without biases"):
+        FusedStep(model)
