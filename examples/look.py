@@ -3,8 +3,8 @@
     python examples/look.py [--seed 7] [--save picture.png]
 
 The eyes are `examples/tiny-vlm` (4.6 million parameters, trained by `train_tiny_vlm.py` on pictures
-like this one), the language model is SmolLM2-135M as it is. It knows coloured shapes, how many there
-are and where, and short words; it is a demonstration, not a model of use.
+like this one), the language model is SmolLM2-135M as it is. It knows coloured shapes, how many
+there are and where, and short words; it is a demonstration, not a model of use.
 """
 
 import argparse

@@ -175,8 +175,8 @@ def draw(scene: Scene, rng: random.Random, side: int = SIDE) -> Image.Image:
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
     if rng.random() < 0.5:
-        noise = Image.effect_noise((side, side), rng.uniform(5, 25)).convert("RGB")
-        image = Image.blend(image, noise, rng.uniform(0.0, 0.08))
+        noise = Image.frombytes("L", (side, side), rng.randbytes(side * side)).convert("RGB")
+        image = Image.blend(image, noise, rng.uniform(0.0, 0.06))
     return image
 
 
