@@ -2,6 +2,7 @@
 # make test    the whole suite
 # make check   lint, format, types
 # make bench   speed against transformers, in one run
+# make bench-cpu  the native step against openvino-genai (and llama.cpp with LLAMA=1)
 # make docs    the command line's reference, from the commands themselves
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUESTION ?= Why does a language model keep its keys and values?
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench bench-cpu docs clean
 
 demo: $(VENV)/.core
 	@$(BIN)/kvist pull smollm2-135m > /dev/null
@@ -34,10 +35,14 @@ bench: $(VENV)/.dev
 	$(BIN)/kvist pull smollm2-135m > /dev/null
 	$(BIN)/python benchmarks/generate.py
 
+bench-cpu: $(VENV)/.dev
+	$(BIN)/kvist pull smollm2-135m > /dev/null
+	$(BIN)/python benchmarks/cpu.py
+
 docs: $(VENV)/.dev
 	$(BIN)/typer kvist.cli.app utils docs --name kvist --output docs/cli.md
 
-$(VENV)/.core: pyproject.toml
+$(VENV)/.core: pyproject.toml hatch_build.py $(wildcard src/kvist/native/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH))
 	$(BIN)/pip install --quiet --editable ".[images]"

@@ -1,0 +1,148 @@
+"""The native executor: a whole step of a decoder in one call of the compiled library.
+
+A drop-in for the model's own forward, made from the same quantised weights: it reads and writes the
+cache's planes in place and gives the logits. Activations are rounded to 8 bits where weights are
+(as llama.cpp does), so logits differ a little from the model's; docs say how little.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from kvist.cache import Batch, KVCache
+from kvist.errors import ConfigError, KvistError, NotSupported, RequestError
+from kvist.loading.checkpoint import Checkpoint
+from kvist.loading.model import Model
+from kvist.native.library import StepInput, library
+from kvist.native.planes import bound_planes
+from kvist.native.weights import PackedModel, pack_model
+
+__all__ = ["NativeStep", "native_step"]
+
+BAD_TOKEN = 2  # what `kvist_step` returns for it
+
+
+def native_step(
+    model: Model,
+    checkpoint: Checkpoint,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> "NativeStep":
+    """A step function that runs a GGUF's quantised weights in the compiled library.
+
+    The model's own weights are not read, so they need not be loaded.
+
+    Args:
+        model: whose configuration, dtype and device count.
+        checkpoint: the GGUF that it came from; its embedding stays mapped.
+        threads: None takes a core each, or fewer where torch was told to use fewer.
+        isa: "portable", "avx2", "avx512" or "amx"; None takes the best that this processor has.
+
+    Raises:
+        NotSupported: no library, or a model, format or device that it does not run.
+    """
+    if model.device.type != "cpu":
+        raise NotSupported(f"the native executor runs on the CPU, not on {model.device}")
+    cores = physical_cores()
+    if threads is None:
+        threads = min(torch.get_num_threads(), len(cores))
+    if not 1 <= threads <= 64:
+        raise ConfigError(f"threads is {threads}; the native executor takes 1 to 64")
+    # Bound to cores only if it has them all: other programs would be bound to the same ones.
+    cpus = cores if threads == len(cores) > 1 else []
+    return NativeStep(pack_model(model.config, checkpoint, threads=threads, cpus=cpus, isa=isa))
+
+
+class NativeStep:
+    """A `StepFunction` over packed weights; one step at a time, from any thread."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        """See `native_step`."""
+        self.packed = packed
+        self._lock = Lock()
+
+    def __repr__(self) -> str:
+        """Instruction set and threads."""
+        return f"NativeStep(isa={self.packed.isa!r}, threads={self.packed.threads})"
+
+    def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
+        """`[R, vocab]` float32; see `StepFunction`.
+
+        Raises:
+            NotSupported: a cache or positions that it does not read; nothing was written.
+        """
+        config = self.packed.config
+        if os.getpid() != self.packed.pid:
+            raise KvistError("the native executor's threads stay behind in a fork; make it anew")
+        rows = batch.logit_rows.contiguous()
+        logits = torch.empty(len(rows), self.packed.padded_vocab)
+        if batch.num_tokens == 0:
+            return logits[:, : config.vocab_size]
+        rotations = batch.rope_positions if batch.rope_positions is not None else batch.positions
+        if rotations.dim() != 1:
+            raise NotSupported("the native executor rotates by one axis of positions only")
+        bound, planes = bound_planes(cache)
+        if bound is not batch:
+            raise KvistError("the cache is bound to another batch than the one given")
+        embeddings = batch.embeddings
+        if embeddings is not None:
+            embeddings = embeddings.float().contiguous()
+        token_ids, rotations = batch.token_ids.contiguous(), rotations.contiguous()
+        starts = [0, *(end for _, end in batch.query_spans)]
+        lengths = batch.kv_lens
+        query_starts = (ctypes.c_int32 * len(starts))(*starts)
+        kv_lens = (ctypes.c_int32 * len(lengths))(*lengths)
+        block, token, head = planes.strides
+        given = StepInput(
+            tokens=batch.num_tokens,
+            sequences=batch.num_sequences,
+            logit_count=len(rows),
+            element=planes.element,
+            token_ids=token_ids.data_ptr(),
+            embeddings=None if embeddings is None else embeddings.data_ptr(),
+            rotations=rotations.data_ptr(),
+            query_starts=ctypes.addressof(query_starts),
+            kv_lens=ctypes.addressof(kv_lens),
+            logit_rows=rows.data_ptr(),
+            keys=ctypes.addressof(planes.keys),
+            values=ctypes.addressof(planes.values),
+            tables=ctypes.addressof(planes.tables),
+            windows=ctypes.addressof(planes.windows),
+            table_width=planes.table_width,
+            block_size=planes.block_size,
+            block_stride=block,
+            token_stride=token,
+            head_stride=head,
+            logits=logits.data_ptr(),
+        )
+        with self._lock:
+            failed = library().kvist_step(self.packed.handle, given)
+        if failed == BAD_TOKEN:
+            raise RequestError(f"a token id is not in the vocabulary of {config.vocab_size}")
+        if failed:
+            raise KvistError(f"not enough memory for a step of {batch.num_tokens} tokens")
+        return logits[:, : config.vocab_size]
+
+
+def physical_cores() -> list[int]:
+    """The processors that this process may run on, one of each core where two share one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    allowed = sorted(os.sched_getaffinity(0))
+    seen: set[str] = set()
+    cores = []
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            core = topology.read_text().strip()
+        except OSError:
+            core = str(cpu)
+        if core not in seen:
+            seen.add(core)
+            cores.append(cpu)
+    return cores

@@ -1,0 +1,105 @@
+#include "pool.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace kvist {
+namespace {
+
+constexpr int SPINS = 2000;      // about 50 microseconds: a few phases
+constexpr int IDLE_SPINS = 200;  // between jobs
+
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Binds the calling thread to one core for as long as it lives.
+class Bound {
+  public:
+    explicit Bound(const std::vector<int>& cpus, int thread) {
+#if defined(__linux__)
+        if (cpus.empty()) return;
+        bound_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0;
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(cpus[thread], &one);
+        bound_ = bound_ && pthread_setaffinity_np(pthread_self(), sizeof one, &one) == 0;
+#else
+        (void)cpus, (void)thread;
+#endif
+    }
+    ~Bound() {
+#if defined(__linux__)
+        if (bound_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+#endif
+    }
+
+  private:
+#if defined(__linux__)
+    cpu_set_t before_;
+    bool bound_ = false;
+#endif
+};
+
+}  // namespace
+
+Pool::Pool(int threads, std::vector<int> cpus)
+    : threads_(threads), cpus_(std::move(cpus)), arrived_(new Word[threads]) {
+    for (int t = 1; t < threads_; t++) workers_.emplace_back([this, t] { work(t); });
+}
+
+Pool::~Pool() {
+    job_ = nullptr;
+    job_number_.value.fetch_add(1, std::memory_order_release);
+    job_number_.value.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::wait_for(Word& word, uint32_t value, int spins) {
+    for (int i = 0;; i++) {
+        const uint32_t seen = word.value.load(std::memory_order_acquire);
+        if ((int32_t)(seen - value) >= 0) return;
+        if (i < spins) relax();
+        else word.value.wait(seen, std::memory_order_acquire);
+    }
+}
+
+void Pool::barrier(int thread) {
+    if (threads_ == 1) return;
+    const uint32_t round = arrived_[thread].value.load(std::memory_order_relaxed) + 1;
+    arrived_[thread].value.store(round, std::memory_order_release);
+    arrived_[thread].value.notify_all();
+    for (int t = 0; t < threads_; t++)
+        if (t != thread) wait_for(arrived_[t], round, SPINS);
+}
+
+void Pool::run(void (*job)(void*, int), void* context) {
+    if (threads_ == 1) return job(context, 0);
+    const Bound bound(cpus_, 0);
+    job_ = job, context_ = context;
+    job_number_.value.fetch_add(1, std::memory_order_release);
+    job_number_.value.notify_all();
+    job(context, 0);
+    barrier(0);
+}
+
+void Pool::work(int thread) {
+    const Bound bound(cpus_, thread);
+    for (uint32_t number = 1;; number++) {
+        wait_for(job_number_, number, IDLE_SPINS);
+        if (!job_) return;
+        job_(context_, thread);
+        barrier(thread);
+    }
+}
+
+}  // namespace kvist

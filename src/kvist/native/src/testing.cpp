@@ -1,0 +1,36 @@
+// What the tests call that a step does not: one matrix by itself.
+#include <cstring>
+#include <vector>
+
+#include "step.h"
+
+using namespace kvist;
+
+// out [rows, ceil(matrix_rows / 16) * 16] = x [rows, columns] times a stored matrix. 0, or 1 where
+// this processor has not what the instruction set needs.
+extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
+    const char* isa, int32_t stored, const uint8_t* matrix_rows, int32_t count, int32_t columns,
+    int32_t rows, const float* x, float* out) {
+    const Kernels* kernels = kernels_named(isa);
+    if (!kernels) return 1;
+    const Kind kind = stored == STORED_Q8_0 ? Q8 : Q4;
+    Matrix matrix{nullptr, (int64_t)columns / BLOCK * block_bytes(kind), (count + 15) / 16, columns,
+                  kind};
+    Arena packed(matrix.groups * matrix.stride);
+    matrix.data = packed.take(matrix.groups * matrix.stride);
+    Pool pool(1, {});
+    pack(pool, matrix, (Stored)stored, matrix_rows, count);
+    const bool wide = kernels->wide_from && rows >= kernels->wide_from;
+    const int64_t blocks = (int64_t)rows * (columns / BLOCK);
+    std::vector<int8_t> q(rows * columns);
+    std::vector<float> scale(blocks), sum(blocks);
+    std::vector<int32_t> isum(blocks);
+    Arena arena(scratch_bytes(columns, rows) + (rows + 32) * (int64_t)columns * 2);
+    void* scratch = arena.take(scratch_bytes(columns, rows));
+    Activations to{q.data(), scale.data(), sum.data(), isum.data(), nullptr, columns};
+    if (wide) to.wide = (uint16_t*)arena.take((rows + 32) * (int64_t)columns * 2);
+    for (int r = 0; r < rows; r++) kernels->quantise(x + (int64_t)r * columns, to, r);
+    kernels->linear(matrix, 0, matrix.groups, to, rows, out, (int64_t)matrix.groups * LANES, false,
+                    scratch);
+    return 0;
+}

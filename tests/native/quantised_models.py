@@ -1,0 +1,107 @@
+"""Tiny quantised GGUF files, and the model's own forward with activations rounded as kernels do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor, nn
+
+import kvist
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """Sizes; the vocabulary fills no whole group of 16 rows."""
+
+    architecture: str
+    hidden: int = 64
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 16
+    mlp: int = 96
+    vocab: int = 70
+    layers: int = 3
+
+
+LLAMA = TinyShape("llama")
+QWEN3 = TinyShape("qwen3", heads=2, kv_heads=1, head_dim=64)
+
+
+def write_gguf(path: Path, shape: TinyShape, quantisation: str) -> Path:
+    """Random weights, quantised; norms that are not all ones."""
+    generator = torch.Generator().manual_seed(3)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    def norm(size: int) -> Tensor:
+        return 1 + 0.3 * torch.randn(size, generator=generator)
+
+    q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    tensors = {
+        "token_embd": matrix(shape.vocab, shape.hidden),
+        "output_norm": norm(shape.hidden),
+    }
+    for i in range(shape.layers):
+        tensors |= {
+            f"blk.{i}.attn_norm": norm(shape.hidden),
+            f"blk.{i}.attn_q": matrix(q_size, shape.hidden),
+            f"blk.{i}.attn_k": matrix(kv_size, shape.hidden),
+            f"blk.{i}.attn_v": matrix(kv_size, shape.hidden),
+            f"blk.{i}.attn_output": matrix(shape.hidden, q_size),
+            f"blk.{i}.ffn_norm": norm(shape.hidden),
+            f"blk.{i}.ffn_gate": matrix(shape.mlp, shape.hidden),
+            f"blk.{i}.ffn_up": matrix(shape.mlp, shape.hidden),
+            f"blk.{i}.ffn_down": matrix(shape.hidden, shape.mlp),
+        }
+        if shape.architecture == "qwen3":
+            tensors |= {f"blk.{i}.attn_{x}_norm": norm(shape.head_dim) for x in "qk"}
+    writer = gguf.GGUFWriter(path, shape.architecture)
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.mlp)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    kind = gguf.GGMLQuantizationType[quantisation]
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1 or quantisation == "F32":
+            writer.add_tensor(f"{name}.weight", tensor.numpy())
+        else:
+            blocks = gguf.quantize(tensor.numpy(), kind)
+            writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """What kernels multiply instead of x: 8 bits and a scale for each 32 values."""
+    blocks = x.unflatten(-1, (-1, 32))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    rounded = torch.where(scales > 0, torch.round(blocks / scales), 0.0) * scales
+    return rounded.flatten(-2)
+
+
+@contextmanager
+def rounding(model: kvist.Model) -> Iterator[None]:
+    """The model's own forward with every matrix's input rounded."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]),))
+        for module in model.lm.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

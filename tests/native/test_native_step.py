@@ -1,0 +1,217 @@
+"""A whole step in the library against the model's own forward, on every cache that it reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from quantised_models import rounding
+from torch import Tensor
+
+import kvist
+from kvist.cache import Batch, make_cache
+from kvist.errors import NotSupported, RequestError
+from kvist.native import native_step
+from kvist.native.executor import NativeStep
+from kvist.runner.step import StepFunction, model_step
+
+IDS = torch.randint(0, 70, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+ROUNDED = ("portable", "avx2", "avx512")
+Opened = Callable[..., tuple[kvist.Model, object]]
+
+
+def make_step(opened: Opened, *model: str, **options: object) -> NativeStep:
+    """A step for this model; skips where the processor has not what is asked for."""
+    try:
+        return native_step(*opened(*model), **options)  # type: ignore[arg-type]
+    except NotSupported as error:
+        if "this processor" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def logits_of(
+    model: kvist.Model,
+    step: StepFunction,
+    chunks: Sequence[Sequence[Sequence[int]]],
+    layout: str = "dynamic",
+    dtype: torch.dtype = torch.float32,
+    retention: kvist.SlidingWindow | None = None,
+) -> list[Tensor]:
+    """All logits of each sequence: `chunks` are steps, each with new tokens for each sequence."""
+    cache = make_cache(
+        model.specs,
+        layout=layout,
+        rows=len(chunks[0]),
+        max_length=64,
+        dtype=dtype,
+        retention=retention,
+    )
+    out: list[list[Tensor]] = [[] for _ in chunks[0]]
+    with torch.inference_mode():
+        for tokens in chunks:
+            batch = Batch.pack(tokens, cache.lengths, logits="all")
+            logits = step(batch, cache.bind(batch))
+            cache.commit(batch)
+            for rows, (start, end) in zip(out, batch.query_spans, strict=True):
+                rows.append(logits[start:end])
+    return [torch.cat(rows) for rows in out]
+
+
+def close(found: Tensor, expected: Tensor, limit: float) -> None:
+    assert found.shape == expected.shape
+    assert ((found - expected).norm() / expected.norm()).item() < limit
+
+
+WHOLE = [[IDS]]
+CHUNKED = [[IDS[:9]], [IDS[9:10]], [IDS[10:13]], *([[i]] for i in IDS[13:])]
+RAGGED = [
+    [IDS[:7], IDS[3:20], IDS[5:6]],
+    [IDS[7:8], [], IDS[6:16]],
+    [IDS[8:9], IDS[20:21], IDS[16:17]],
+]
+
+
+@pytest.mark.parametrize("isa", ROUNDED)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1", "Q8_0"])
+def test_logits_are_those_of_rounded_activations(
+    opened: Opened, isa: str, family: str, quantisation: str
+) -> None:
+    model, _ = opened(family, quantisation)
+    step = make_step(opened, family, quantisation, isa=isa, threads=1)
+    for chunks in (WHOLE, CHUNKED, RAGGED):
+        with rounding(model):
+            expected = logits_of(model, model_step(model.lm), chunks)
+        found, wanted = torch.cat(logits_of(model, step, chunks)), torch.cat(expected)
+        # A value on the edge may round the other way and move what follows it; most do not.
+        close(found, wanted, 0.03)
+        assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 1e-3
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_logits_are_near_the_float_models(opened: Opened, isa: str, family: str) -> None:
+    model, _ = opened(family, "Q8_0")
+    step = make_step(opened, family, "Q8_0", isa=isa, threads=2)
+    [expected] = logits_of(model, model_step(model.lm), WHOLE)
+    [found] = logits_of(model, step, WHOLE)
+    close(found, expected, 0.03)
+
+
+@pytest.mark.parametrize("layout", ["dynamic", "static", "paged"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_layout_and_number_of_threads_gives_the_same(
+    opened: Opened, layout: str, threads: int
+) -> None:
+    model, _ = opened()
+    step = make_step(opened, isa="portable", threads=threads)
+    alone = make_step(opened, isa="portable", threads=1)
+    for chunks in (CHUNKED, RAGGED):
+        expected = logits_of(model, alone, chunks)
+        found = logits_of(model, step, chunks, layout)
+        for a, b in zip(found, expected, strict=True):
+            close(a, b, 1e-2)
+
+
+def test_what_it_wrote_is_what_the_models_forward_would_read(opened: Opened) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=1)
+    own = model_step(model.lm)
+    caches = [make_cache(model.specs, max_length=64, dtype=torch.float32) for _ in range(2)]
+    with torch.inference_mode():
+        for cache, run in zip(caches, (step, own), strict=True):
+            batch = Batch.pack([IDS], cache.lengths)
+            run(batch, cache.bind(batch))
+            cache.commit(batch)
+    for (keys, values), (own_keys, own_values) in zip(*caches, strict=True):
+        close(keys, own_keys, 0.05)
+        close(values, own_values, 0.05)
+
+
+def test_a_bfloat16_cache_costs_little(opened: Opened) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=2)
+    [expected] = logits_of(model, step, CHUNKED)
+    [found] = logits_of(model, step, CHUNKED, dtype=torch.bfloat16)
+    close(found, expected, 0.04)
+
+
+@pytest.mark.parametrize("layout", ["dynamic", "paged"])
+def test_a_window_hides_what_the_model_does_not_see(opened: Opened, layout: str) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=2)
+    window = kvist.SlidingWindow(6)
+    [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, retention=window)
+    [found] = logits_of(model, step, CHUNKED, layout, retention=window)
+    [everything] = logits_of(model, step, CHUNKED, layout)
+    close(found, expected, 0.05)
+    assert (everything - expected).norm() / expected.norm() > 0.1
+
+
+def test_embeddings_may_stand_for_tokens(opened: Opened) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=1)
+    cache = make_cache(model.specs, max_length=64, dtype=torch.float32)
+    with torch.inference_mode():
+        plain = Batch.pack([IDS], cache.lengths, logits="all")
+        batch = replace(plain, embeddings=model.lm.embed(plain.token_ids))
+        found = step(batch, cache.bind(batch))
+    [expected] = logits_of(model, step, WHOLE)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_prompt_longer_than_a_pass_is_the_same_in_pieces(opened: Opened) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=2, isa="portable")
+    ids = IDS * 14  # 560 tokens: two passes over the weights
+    cache = make_cache(model.specs, max_length=600, dtype=torch.float32)
+    with torch.inference_mode():
+        batch = Batch.pack([ids], cache.lengths)
+        whole = step(batch, cache.bind(batch))
+        cache.commit(batch)
+        cache.reset()
+        for part in (ids[:300], ids[300:559], ids[559:]):
+            batch = Batch.pack([part], cache.lengths)
+            pieces = step(batch, cache.bind(batch))
+            cache.commit(batch)
+    close(pieces, whole, 1e-2)
+
+
+def test_generate_runs_on_it(opened: Opened) -> None:
+    model, _ = opened("llama", "Q8_0")
+    step = make_step(opened, "llama", "Q8_0")
+    params = kvist.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    results = kvist.generate(model, [IDS[:9], IDS[:3]], params, step=step)
+    assert [len(result.token_ids) for result in results] == [12, 12]
+
+
+def test_what_it_does_not_read_is_refused(opened: Opened) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=1)
+    cache = make_cache(
+        model.specs,
+        max_length=64,
+        dtype=torch.float32,
+        retention=kvist.SlidingWindow(8, sinks=2),
+    )
+    batch = Batch.pack([IDS], cache.lengths)
+    with pytest.raises(NotSupported, match="sinks"):
+        step(batch, cache.bind(batch))
+    half = make_cache(model.specs, max_length=64, dtype=torch.float16)
+    with pytest.raises(NotSupported, match="float16"):
+        step(batch, half.bind(batch))
+
+
+def test_a_token_outside_the_vocabulary_is_refused(opened: Opened) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=1)
+    cache = make_cache(model.specs, max_length=64, dtype=torch.float32)
+    batch = Batch.pack([[3, 70]], cache.lengths)
+    with pytest.raises(RequestError, match="vocabulary of 70"):
+        step(batch, cache.bind(batch))
+
+
+def test_an_unquantised_file_is_refused(opened: Opened) -> None:
+    with pytest.raises(NotSupported, match="unquantised"):
+        native_step(*opened("llama", "F32"))  # type: ignore[arg-type]
