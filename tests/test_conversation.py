@@ -1,7 +1,12 @@
 """A conversation computes only what is new, and says what it would have said from nothing."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +14,14 @@ from torch import Tensor
 
 import kvist
 from kvist.cache import CODECS, LAYOUTS, Batch, KVCache
+from kvist.cache.saved import save_cache
 from kvist.chat import Conversation
 from kvist.core.results import Delta
-from kvist.errors import ContextTooLong, NumericalError, RequestError
+from kvist.errors import CacheError, ContextTooLong, NumericalError, RequestError
 from kvist.generate import generate
 from kvist.loading.model import Model
 from kvist.runner.step import model_step
-from tiny_models import reference
+from tiny_models import new_cache, reference
 
 GREEDY = kvist.SamplingParams(temperature=0, max_tokens=12)
 SAYINGS = ("Hello there, who are you?", "And what is 2 + 2?", "Thanks.")
@@ -131,7 +137,7 @@ def test_thinking_can_be_turned_off_in_the_template(model: Model) -> None:
     tokens_of(conversation.say("Is it not?"))
 
 
-@pytest.mark.parametrize(("layout", "length"), [("paged", 100), ("ring", 400)])
+@pytest.mark.parametrize(("layout", "length"), [("paged", 100), ("ring", 310)])
 def test_a_cache_that_cannot_go_back_is_filled_anew_and_says_so(
     sliding: Model, layout: str, length: int
 ) -> None:
@@ -349,3 +355,157 @@ def test_a_template_that_takes_no_system_message_is_refused_and_nothing_changes(
         conversation.set_system("Be brief.")
     assert conversation.system is None
     assert len(talk(conversation)) == 3
+
+
+# Saved conversations.
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_saved_conversation_goes_on_as_if_it_had_not_been_interrupted(
+    model: Model, tmp_path: Path, layout: str, codec: str
+) -> None:
+    unbroken = Conversation(model, codec, layout, system="Be brief.")
+    talk(unbroken, SAYINGS[:2])
+    unbroken.save(tmp_path / "chat")
+    resumed = Conversation(model)
+    resumed.restore(tmp_path / "chat")
+    assert resumed.messages == unbroken.messages
+    assert (resumed.layout, resumed.codec.name) == (layout, codec)
+    assert talk(resumed, SAYINGS[2:]) == talk(unbroken, SAYINGS[2:])
+    assert resumed.cached_ids == unbroken.cached_ids
+    assert resumed.turn is not None
+    assert unbroken.turn is not None
+    assert resumed.turn.cached_tokens == unbroken.turn.cached_tokens > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_window_is_saved_with_the_conversation(
+    sliding: Model, tmp_path: Path, layout: str
+) -> None:
+    unbroken = Conversation(sliding, layout=layout, retention=kvist.SlidingWindow(24, sinks=4))
+    talk(unbroken, SAYINGS[:2])
+    unbroken.save(tmp_path / "chat")
+    resumed = Conversation(sliding)
+    resumed.restore(tmp_path / "chat")
+    assert resumed.retention == kvist.SlidingWindow(24, sinks=4)
+    assert talk(resumed, SAYINGS[2:]) == talk(unbroken, SAYINGS[2:])
+
+
+def test_an_interrupted_conversation_can_be_saved(model: Model, tmp_path: Path) -> None:
+    unbroken = Conversation(model, speculate=3)
+    interrupted_by_closing(unbroken, 3)
+    unbroken.save(tmp_path / "chat")
+    resumed = Conversation(model, speculate=3)
+    resumed.restore(tmp_path / "chat")
+    assert talk(resumed) == talk(unbroken)
+
+
+def test_a_conversation_without_a_word_can_be_saved(model: Model, tmp_path: Path) -> None:
+    Conversation(model, system="Be brief.").save(tmp_path / "chat")
+    resumed = Conversation(model)
+    talk(resumed)
+    resumed.restore(tmp_path / "chat")
+    assert resumed.messages == [{"role": "system", "content": "Be brief."}]
+    assert talk(resumed) == talk(Conversation(model, system="Be brief."))
+
+
+def test_the_conversation_of_another_model_is_refused_and_nothing_changes(
+    model: Model, sliding: Model, tmp_path: Path
+) -> None:
+    other = Conversation(sliding, "int8")
+    talk(other, SAYINGS[:1])
+    other.save(tmp_path / "chat")
+    conversation = Conversation(model)
+    talk(conversation, SAYINGS[:1])
+    before = conversation.messages, conversation.cached_ids, conversation.codec.name
+    with pytest.raises(CacheError, match="another model"):
+        conversation.restore(tmp_path / "chat")
+    assert (conversation.messages, conversation.cached_ids, conversation.codec.name) == before
+    [tokens] = talk(conversation, SAYINGS[1:2])
+    assert tokens == from_nothing(conversation)
+
+
+def test_a_conversation_that_is_longer_than_the_context_is_refused(
+    model: Model, tmp_path: Path
+) -> None:
+    conversation = Conversation(model)
+    talk(conversation)
+    conversation.save(tmp_path / "chat")
+    with pytest.raises(ContextTooLong, match="the context is 32"):
+        Conversation(model, context=32).restore(tmp_path / "chat")
+
+
+def test_a_cache_without_messages_is_no_conversation(model: Model, tmp_path: Path) -> None:
+    cache = new_cache(model)
+    save_cache(cache, tmp_path / "cache", model="m", tokenizer="t", tokens=[[]])  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match="no conversation"):
+        Conversation(model).restore(tmp_path / "cache")
+
+
+def test_a_place_that_cannot_be_written_is_named(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"/nowhere/chat cannot be written: No such file"):
+        Conversation(model).save(tmp_path / "nowhere" / "chat")
+
+
+def test_nothing_but_the_file_is_left_behind(model: Model, tmp_path: Path) -> None:
+    conversation = Conversation(model)
+    talk(conversation, SAYINGS[:1])
+    for _ in range(2):
+        conversation.save(tmp_path / "chat")
+    assert [path.name for path in tmp_path.iterdir()] == ["chat"]
+
+
+IN_ANOTHER_PROCESS = """
+import json, sys, kvist
+from pathlib import Path
+from kvist.cache.saved import save_cache
+from kvist.chat import Conversation
+
+name, file, text = sys.argv[1:]
+conversation = Conversation(kvist.load(name))
+conversation.restore(Path(file))
+params = kvist.SamplingParams(temperature=0, max_tokens=12)
+tokens = [t for delta in conversation.say(text, params) for t in delta.token_ids]
+print(json.dumps([tokens, conversation.turn.prefilled_tokens]))
+"""
+
+
+def resumed_in_another_process(name: str, file: Path, text: str) -> list[Any]:
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, name, str(file), text]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    answer: list[Any] = json.loads(child.stdout)
+    return answer
+
+
+def test_another_process_goes_on_with_the_same_tokens(model: Model, tmp_path: Path) -> None:
+    conversation = Conversation(model, "int8", "ring")
+    talk(conversation, SAYINGS[:2])
+    conversation.save(tmp_path / "chat")
+    [tokens] = talk(conversation, SAYINGS[2:])
+    assert conversation.turn is not None
+    there = resumed_in_another_process(model.name, tmp_path / "chat", SAYINGS[2])
+    assert there == [tokens, conversation.turn.prefilled_tokens]
+
+
+@pytest.mark.smollm2
+def test_smollm2_goes_on_in_another_process_with_the_same_tokens(
+    smollm2: Model, tmp_path: Path
+) -> None:
+    conversation = Conversation(smollm2, "int4", system="You are a helpful assistant.")
+    talk(conversation, ["What is a KV cache?", "Why is it needed?"])
+    conversation.save(tmp_path / "chat")
+    [tokens] = talk(conversation, ["Say it in one word."])
+    assert conversation.turn is not None
+    there = resumed_in_another_process(smollm2.name, tmp_path / "chat", "Say it in one word.")
+    assert there == [tokens, conversation.turn.prefilled_tokens]
+    assert conversation.turn.prefilled_tokens < 20
+
+
+@pytest.mark.smollm2
+def test_smollm2_answers_as_from_nothing(smollm2: Model) -> None:
+    conversation = Conversation(smollm2)
+    for text in ("What is a KV cache?", "Why is it needed?"):
+        tokens = tokens_of(conversation.say(text, GREEDY))
+        assert tokens == from_nothing(conversation)

@@ -109,19 +109,36 @@ def test_a_matched_block_that_nobody_owns_counts_against_the_room():
     assert blocks.open(2, keys, match, 12)
 
 
-def test_a_fork_shares_everything_until_one_of_both_writes():
+def test_a_fork_shares_everything_until_it_writes():
     blocks = a_manager()
     compute(blocks, 1, TEXT[:6])
     blocks.fork(1, 2, PrefixKeys(TEXT[:6]), 6)
     assert blocks.blocks_of(1, 0) == blocks.blocks_of(2, 0)
+    assert blocks.allocate(1, 8), "the parent writes behind what it shares"
+    assert run(blocks)[0].copies == ()
     assert blocks.allocate(2, 7)
     first, second = blocks.blocks_of(1, 0), blocks.blocks_of(2, 0)
     assert first[0] == second[0]
     assert first[1] != second[1]
-    (changes,) = run(blocks)
-    assert changes.copies == (BlockCopy(first[1], second[1]),)
-    assert blocks.allocate(1, 7), "the other one writes in place: it is alone now"
+    assert run(blocks)[0].copies == (BlockCopy(first[1], second[1]),)
+
+
+def test_a_fork_that_outlives_its_parent_writes_in_place():
+    blocks = a_manager()
+    compute(blocks, 1, TEXT[:6])
+    blocks.fork(1, 2, PrefixKeys(TEXT[:6]), 6)
+    blocks.free(1)
+    assert blocks.allocate(2, 7)
     assert run(blocks)[0].copies == ()
+
+
+def test_a_parent_that_goes_back_into_what_it_shares_copies_before_it_writes():
+    blocks = a_manager()
+    compute(blocks, 1, TEXT[:6])
+    blocks.fork(1, 2, PrefixKeys(TEXT[:6]), 6)
+    blocks.truncate(1, 5)
+    assert blocks.allocate(1, 6)
+    assert len(run(blocks)[0].copies) == 1
 
 
 def test_a_fork_inside_a_published_block_copies_it():
@@ -262,6 +279,21 @@ def test_going_back_behind_what_is_published_keeps_the_published_block_as_it_is(
     assert blocks.allocate(1, 7)
     assert len(run(blocks)[0].copies) == 1
     assert blocks.match(PrefixKeys(TEXT[:9]), 8).num_tokens == 8
+
+
+def test_other_tokens_written_after_going_back_are_published_as_themselves():
+    blocks = a_manager()
+    keys = PrefixKeys((), list(TEXT[:12]))
+    assert blocks.open(1, keys, blocks.match(keys, 11), 12)
+    run(blocks)
+    blocks.publish(1, 12)
+    blocks.truncate(1, 6)
+    keys.output_ids[6:] = [1, 2, 3, 4, 5, 6]
+    assert blocks.allocate(1, 12)
+    run(blocks)
+    blocks.publish(1, 12)
+    assert blocks.match(PrefixKeys((*TEXT[:6], 1, 2, 3, 4, 5, 6)), 12).num_tokens == 12
+    assert blocks.match(PrefixKeys(TEXT[:12]), 12).num_tokens == 12, "the old ones are kept"
 
 
 def test_changes_of_blocks_that_were_given_back_are_not_announced():

@@ -130,6 +130,10 @@ def corrupt_places(index: PrefixIndex) -> None:
     next(node for node in index if node.parent).num_places += 1
 
 
+def corrupt_tokens(index: PrefixIndex) -> None:
+    index.put_block(index.intern(PrefixKeys((1, 2, 3, 4, 5)), 3)[2], 0, 9)
+
+
 def corrupt_key(index: PrefixIndex) -> None:
     next(node for node in index if node.parent).alive = False
 
@@ -160,6 +164,7 @@ def corrupt_dropped(index: PrefixIndex) -> None:
     ("corrupt", "said"),
     [
         (corrupt_places, "counts 2 places"),
+        (corrupt_tokens, "stands for 1 tokens"),
         (corrupt_key, "wrong key"),
         (corrupt_parent, "lost its parent"),
         (corrupt_root, "has no children"),

@@ -14,6 +14,7 @@ from kvist.core.plan import (
     StepOutput,
     TokensEvent,
 )
+from kvist.core.prefix import PrefixKeys
 from kvist.core.request import Request
 from kvist.core.rng import uniform
 from kvist.core.tables import CacheGroup
@@ -220,6 +221,20 @@ def test_nobody_is_preempted_for_blocks_that_are_on_their_way_back():
     harness.checked = True
     assert len(harness.step().rows) == 2
     assert harness.scheduler.snapshot().preemptions == 0
+    harness.drain()
+
+
+def test_a_step_that_could_do_nothing_gives_up_the_last_in_rank():
+    harness = an_engine(num_blocks=8, watermark=0.0)
+    harness.add(make_request("a", TEXT[:8], max_tokens=4))
+    harness.step()
+    # Somebody exports a prefix and has taken all other blocks meanwhile.
+    keys = PrefixKeys(tuple(range(20)))
+    assert harness.blocks.open(-1, keys, harness.blocks.match(keys, 0), 20)
+    assert harness.step().rows == ()
+    assert harness.step().released == (0,)
+    assert harness.scheduler.snapshot().preemptions == 2, "it takes what there is, and is stuck"
+    harness.blocks.free(-1)
     harness.drain()
 
 

@@ -76,7 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for spec in specs
         ]
         drafts = draw(st.sampled_from([0, 0, 2, 3]))
-        batch = draw(st.integers(1, 12))
+        batch = draw(st.sampled_from([1, 3, 5, 8, 12, 24]))
         self.ahead = draw(st.booleans())
         self.harness = Harness(
             groups,
@@ -94,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             encoder_cache_tokens=draw(st.sampled_from([4, 6])),
             max_drafts=drafts,
         )
-        self.add(data=data, count=draw(st.integers(1, 5)))
+        self.add(data=data, count=draw(st.integers(1, 4)))
 
     def guess(self, prompt: Sequence[int], output: Sequence[int], limit: int) -> Sequence[int]:
         """Guesses that are often right: the true continuation, wrong from somewhere on."""
@@ -132,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         grammar = None
         if draw(st.integers(0, 7)) == 7:
             grammar = CountingGrammar(draw(st.sampled_from([None, None, 0, 2])))
-        max_tokens = draw(st.integers(1, 8))
+        max_tokens = draw(st.integers(1, 6))
         return make_request(
             f"r{self.count}",
             prompt,

@@ -1,5 +1,7 @@
 """Thinking is told from the answer, however the text is cut."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ def test_any_split_of_the_stream_gives_what_the_whole_gives(
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parser = ThinkingParser(inside=inside)
     pieces: list[Piece] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         pieces += parser.push(text[start:end])
     pieces += parser.flush()
     shown = tuple("".join(p.text for p in pieces if p.thinking is kind) for kind in (True, False))

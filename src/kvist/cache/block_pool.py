@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvist.cache.batch import int_tensor
 from kvist.cache.groups import LayerGroup, bytes_per_token
-from kvist.cache.protocol import SIDES, Codec, Side
+from kvist.cache.protocol import SIDES, Codec, Planes, Side
 from kvist.core.plan import BlockCopy
 from kvist.errors import CacheError
 
@@ -97,10 +97,18 @@ class BlockPool:
 
         Place `block * block_size + i` is the i-th of a block.
         """
-        planes = self._places[layer_idx, side]
-        for name, encoded in self.codec.encode(tokens, side, layer_idx).items():
-            plane = planes[name]
+        self.put(layer_idx, side, places, self.codec.encode(tokens, side, layer_idx))
+
+    def put(self, layer_idx: int, side: Side, places: Tensor, planes: Planes) -> None:
+        """Write what is encoded already, each plane `[N, kv_heads, ...]`, into `places` `[N]`."""
+        for name, encoded in planes.items():
+            plane = self._places[layer_idx, side][name]
             plane.index_put_((places,), encoded.to(plane.dtype))
+
+    def read(self, layer_idx: int, side: Side, places: Tensor) -> dict[str, Tensor]:
+        """The planes at `places` `[N]`, as they are written: each `[N, kv_heads, ...]`."""
+        planes = self._places[layer_idx, side]
+        return {name: plane.index_select(0, places) for name, plane in planes.items()}
 
     def grow(self, num_blocks: int) -> None:
         """Move to a larger pool; blocks keep their numbers, addresses change."""

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import torch
+from torch import Tensor
 
-from kvist.cache.batch import Batch
+from kvist.cache.batch import Batch, int_tensor
 from kvist.cache.groups import LayerGroup
 from kvist.cache.lengths import cropped
 from kvist.cache.paged import PagedPool
 from kvist.cache.paged_view import PagedBinding
-from kvist.cache.protocol import Codec
+from kvist.cache.protocol import SIDES, Codec, Side
 from kvist.core.plan import NULL_BLOCK, BlockCopy, GroupChanges, TableChange
 from kvist.core.retention import KeepAll, Retention, first_needed
-from kvist.core.spec import LayerSpec
+from kvist.core.spec import AttentionSpec, LayerSpec
 from kvist.errors import CacheError, CacheFull
 
 
@@ -82,6 +83,7 @@ class PagedCache:
     still look at; entries behind a window are null. A block with several users is never written.
     """
 
+    layout = "paged"
     max_chunk: int | None = None
 
     def __init__(
@@ -237,11 +239,16 @@ class PagedCache:
 
     def _slide(self, g: int, group: LayerGroup, row: int, length: int) -> None:
         """Give back the blocks that no later query of this row looks at."""
-        size, table = self.pool.block_size, self.tables[g][row]
+        size = self.pool.block_size
         sinks = -(-group.spec.sinks // size)
         # [sinks, first) is not needed; what was given back before lies at its beginning.
         first = first_needed(group.spec, max(length - self.slack, 0)) // size
-        for index in range(min(first, len(table)) - 1, sinks - 1, -1):
+        self._let_go(g, row, sinks, first)
+
+    def _let_go(self, g: int, row: int, begin: int, end: int) -> None:
+        """Give back a row's blocks `[begin, end)`, of which a beginning may have gone already."""
+        table = self.tables[g][row]
+        for index in range(min(end, len(table)) - 1, begin - 1, -1):
             if table[index] == NULL_BLOCK:
                 break
             self.blocks[g].drop([table[index]])
@@ -297,6 +304,39 @@ class PagedCache:
     def reset(self) -> None:
         """Forget all tokens; memory is kept."""
         self.crop(0)
+
+    # As it is written: for saving.
+
+    @property
+    def specs(self) -> tuple[AttentionSpec, ...]:
+        """What each layer keeps."""
+        groups, group_of = self.pool.groups, self.pool.group_of
+        return tuple(groups[group_of[layer_idx]].spec for layer_idx in range(len(group_of)))
+
+    def held(self, layer_idx: int, row: int) -> tuple[range, ...]:
+        """Positions of a sequence that a layer holds, ascending."""
+        size, length = self.pool.block_size, self._lengths[row]
+        found: list[range] = []
+        for index, block in enumerate(self.tables[self.pool.group_of[layer_idx]][row]):
+            if block != NULL_BLOCK and index * size < length:
+                start = index * size
+                if found and found[-1].stop == start:
+                    start = found.pop().start
+                found.append(range(start, min((index + 1) * size, length)))
+        return tuple(found)
+
+    def read(self, layer_idx: int, row: int, positions: Tensor) -> dict[Side, dict[str, Tensor]]:
+        """Planes of these positions `[T]`, encoded: each `[T, kv_heads, ...]`."""
+        g, size = self.pool.group_of[layer_idx], self.pool.block_size
+        table = int_tensor(self.tables[g][row], self.pool.device)
+        places = table[positions // size] * size + positions % size
+        return {side: self.pool.pools[g].read(layer_idx, side, places) for side in SIDES}
+
+    def lose(self, layer_idx: int, row: int, before: int) -> None:
+        """Forget the blocks behind the sinks that hold nothing from position `before` on."""
+        g, size = self.pool.group_of[layer_idx], self.pool.block_size
+        sinks = -(-self.pool.groups[g].spec.sinks // size)
+        self._let_go(g, row, sinks, before // size)
 
     # Looking in.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvist.cache.batch import Batch, int_tensor
 from kvist.cache.block_pool import BlockPool
 from kvist.cache.block_tables import BlockTables
-from kvist.cache.protocol import KV, SIDES, Codec, Side, State
+from kvist.cache.protocol import KV, SIDES, Codec, Planes, Side, State
 from kvist.core.plan import NULL_BLOCK
 from kvist.core.retention import first_needed
 from kvist.core.spec import AttentionSpec
@@ -47,16 +47,26 @@ class PagedBinding:
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> KV:
         """Write this step's keys and values; see `KVCache.update`."""
+        view = self._view(layer_idx)
+        view.pool.write(layer_idx, "key", view.slot_mapping, key_states)
+        view.pool.write(layer_idx, "value", view.slot_mapping, value_states)
+        self.written.add(layer_idx)
+        return PagedKV(self, view, layer_idx)
+
+    def put(self, layer_idx: int, planes: Mapping[Side, Planes]) -> None:
+        """Write what is encoded already, each plane `[N, kv_heads, ...]`; see `update`."""
+        view = self._view(layer_idx)
+        for side, encoded in planes.items():
+            view.pool.put(layer_idx, side, view.slot_mapping, encoded)
+        self.written.add(layer_idx)
+
+    def _view(self, layer_idx: int) -> "GroupView":
         group = self._group_of.get(layer_idx)
         if group is None:
             raise UnknownLayer(
                 f"layer {layer_idx} is not one of this cache's {len(self._group_of)} layers"
             )
-        view = self.views[group]
-        view.pool.write(layer_idx, "key", view.slot_mapping, key_states)
-        view.pool.write(layer_idx, "value", view.slot_mapping, value_states)
-        self.written.add(layer_idx)
-        return PagedKV(self, view, layer_idx)
+        return self.views[group]
 
     def state(self, layer_idx: int) -> State:
         """The paged layout holds no recurrent layers."""

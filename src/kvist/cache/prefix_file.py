@@ -7,10 +7,7 @@ or read is the caller's choice.
 """
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvist.cache.files import open_file, write_file
 from kvist.cache.paged import PagedPool
 from kvist.cache.protocol import SIDES
 from kvist.core.plan import NULL_BLOCK
@@ -68,7 +66,7 @@ def save_prefix(
         "extra": extra,
         "tokens": _digest(token_ids),
     }
-    _write(path, tensors, metadata)
+    write_file(path, tensors, metadata)
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class PrefixFile:
             CacheError: the file lacks tokens that a block would have to hold; nothing is written.
         """
         pool, size = self._pool, self._pool.block_size
-        with _reading(self.path) as file:
+        with open_file(self.path, "a prefix") as file:
             work = []
             for g, table in _by_group(pool, tables):
                 wanted, places = _places(table, len(self.token_ids), size)
@@ -137,7 +135,7 @@ def open_prefix(
         CacheError: it is of another model, codec, prompt, shape or version, or damaged; the
             message says which.
     """
-    with _reading(path) as file:
+    with open_file(path, "a prefix") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise CacheError(f"{path} is not a prefix that kvist has exported")
@@ -209,37 +207,3 @@ def _check_tokens(path: Path, held: Sequence[int], wanted: Sequence[int]) -> Non
             raise CacheError(f"{path} holds other tokens: {a} at position {i}, not {b}")
     if len(held) != len(wanted):
         raise CacheError(f"{path} holds {len(held)} tokens, not {len(wanted)}")
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write beside the path, then put in place: a reader sees the old file or the new one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    partial = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            partial = Path(file.name)
-        save_file(tensors, partial, metadata)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"{path} cannot be written: {error}") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """The opened file; whatever is wrong with it is a CacheError that names it."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CacheError(f"{path}: no such file") from error
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"{path} cannot be read as a prefix: {error}") from error

@@ -11,12 +11,11 @@ from typing import Annotated
 import typer
 
 import kvist
-from kvist.cli import generate, info, pull
+from kvist.cli import chat, generate, info, plan, pull, quality, verify
 from kvist.errors import KvistError
 
 app = typer.Typer(
     name="kvist",
-    help="LLM inference with the KV cache at its centre.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -24,8 +23,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate")(generate.command)
+app.command("chat")(chat.command)
 app.command("pull")(pull.command)
 app.command("info")(info.command)
+app.command("quality")(quality.command)
+app.command("verify")(verify.command)
+app.command("plan")(plan.command)
 
 
 def _version(shown: bool) -> None:

@@ -21,11 +21,15 @@ def command(model: ModelArgument, codec: CodecOption = "plain", json: JsonOption
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         shown = (
             f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         )
-        table.add_row(f"[dim]{key.replace('_', ' ')}[/]", shown)
+        # As text, since a path may look like markup.
+        table.add_row(Text(key.replace("_", " "), style="dim"), Text(shown))
     Console().print(table)

@@ -34,3 +34,27 @@ WindowOption = Annotated[
 SinksOption = Annotated[
     int, typer.Option(help="With --window: keep the first N tokens too.", min=0)
 ]
+
+# How tokens are chosen.
+SAMPLING = "Sampling"
+GreedyOption = Annotated[
+    bool, typer.Option("--greedy", help="Always the likeliest token.", rich_help_panel=SAMPLING)
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option(show_default="the model's", rich_help_panel=SAMPLING)
+]
+TopKOption = Annotated[
+    int | None, typer.Option(show_default="the model's", rich_help_panel=SAMPLING)
+]
+TopPOption = Annotated[
+    float | None, typer.Option(show_default="the model's", rich_help_panel=SAMPLING)
+]
+MinPOption = Annotated[
+    float | None, typer.Option(show_default="the model's", rich_help_panel=SAMPLING)
+]
+RepetitionPenaltyOption = Annotated[
+    float | None, typer.Option(show_default="the model's", rich_help_panel=SAMPLING)
+]
+SeedOption = Annotated[
+    int | None, typer.Option(show_default="a fresh one", rich_help_panel=SAMPLING)
+]

@@ -29,9 +29,12 @@ def command(
         TransferSpeedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as bars:
         bar = bars.add_task(f"pulling {name}", total=None)
         path = pull(
-            name, progress=lambda done, total: bars.update(bar, completed=done, total=total)
+            name,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            notify=lambda news: console.print(news, style="dim", markup=False, highlight=False),
         )
     print(path)

@@ -249,7 +249,7 @@ class PagedBlockManager:
             table.freed[g] = max(table.freed[g], config.window_start(num_tokens, self.block_size))
 
     def fork(self, parent: int, child: int, keys: PrefixKeys, num_tokens: int) -> None:
-        """The child shares the parent's first `num_tokens`; copies are made when either writes.
+        """The child shares the parent's first `num_tokens`; it copies when it writes its own.
 
         Raises:
             CacheError: they are not computed yet, or a window has moved on; see `can_fork`.
@@ -268,7 +268,8 @@ class PagedBlockManager:
         keys.nodes = source.keys.nodes[: num_tokens // self.block_size]
         table = BlockTable(keys, rows, num_tokens, self.block_size)
         table.published = min(table.published, source.published)
-        table.tail_may_be_shared = source.tail_may_be_shared = True
+        # The parent may write on in place: what the child shares lies before that.
+        table.tail_may_be_shared = True
         self._tables[child] = self._changed[child] = table
 
     def truncate(self, key: int, num_tokens: int) -> None:

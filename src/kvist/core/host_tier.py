@@ -13,7 +13,6 @@ from kvist.core.pool import Pool
 from kvist.core.prefix import ABSENT_HOST, Node, PrefixIndex
 from kvist.errors import InvariantError
 
-
 _CHILDREN_TO_LOOK_AT = 16  # a bound on the work of one eviction, where many texts part
 
 
@@ -25,9 +24,7 @@ class HostTier:
     need all of a prefix: within what is least recently used, the last blocks go first.
     """
 
-    def __init__(
-        self, index: PrefixIndex, group: int, num_blocks: int, leaves_first: bool
-    ) -> None:
+    def __init__(self, index: PrefixIndex, group: int, num_blocks: int, leaves_first: bool) -> None:
         self.num_blocks = num_blocks
         self._leaves_first = leaves_first
         self._index = index

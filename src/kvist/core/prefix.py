@@ -232,6 +232,8 @@ class PrefixIndex:
             places += sum(h != ABSENT_HOST for h in node.hosts)
             if places != node.num_places:
                 raise InvariantError(f"prefix node {node.serial} counts {node.num_places} places")
+            if len(key[1]) != (self.block_size if node.parent else 0):
+                raise InvariantError(f"prefix node {node.serial} stands for {len(key[1])} tokens")
             if node.key != key or not node.alive:
                 raise InvariantError(f"prefix node {node.serial} is filed under a wrong key")
             if node.parent is not None and (

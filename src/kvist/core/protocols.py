@@ -75,7 +75,7 @@ class BlockManager(Protocol):
         """The first `num_tokens` are computed: share full blocks, free those behind windows."""
 
     def fork(self, parent: int, child: int, keys: PrefixKeys, num_tokens: int) -> None:
-        """The child shares the parent's first `num_tokens`; copies are made when either writes."""
+        """The child shares the parent's first `num_tokens`; it copies when it writes its own."""
 
     def truncate(self, key: int, num_tokens: int) -> None:
         """Go back to `num_tokens`; raises CacheError where a window no longer allows it."""

@@ -186,7 +186,8 @@ class ContinuousScheduler:
         # What ends or is given up from here on is in the plan already: its slot goes in the next.
         for family, message in build.failures:
             self._deferred += self._end_all(family, "error", message)
-        if not entries and not self._uncommitted and self._roster.running:
+        stuck = not (entries or build.failures or self._uncommitted)
+        if stuck and self._roster.running:
             self._preempt(self._roster.running[-1])
         self._uncommitted.append((plan, entries))
         return plan

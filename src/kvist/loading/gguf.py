@@ -209,9 +209,7 @@ class GGUFCheckpoint:
         return torch.from_numpy(halves.numpy().reshape(num_rows, -1))
 
 
-def _hub_tensors(
-    path: Path, info: TensorInfo, architecture: Architecture
-) -> dict[str, TensorInfo]:
+def _hub_tensors(path: Path, info: TensorInfo, architecture: Architecture) -> dict[str, TensorInfo]:
     """A tensor of the file by its name in the hub; one that holds all experts, expert by expert."""
     stem, _, suffix = info.name.rpartition(".")
     prefix, _, rest = stem.partition(".")
