@@ -177,6 +177,32 @@ def test_wrong_options_are_refused(chat: Chat, options: tuple[str, ...], error: 
     assert (out, error in err) == ("", True)
 
 
+def test_a_saved_chat_is_gone_on_with(model: Model, chat: Chat, tmp_path: Path) -> None:
+    file = str(tmp_path / "my chat")
+    options = (*SHORT, "--codec", "int8", "--cache", "ring", "--system", "Be brief.")
+    out, err = chat("Hello", f"/save {file}", "And now?", "/reset", f"/load {file}", "And now?",
+                    options=options)  # fmt: skip
+    _, now, again = out.splitlines()[0], *out.rsplit("\n", 3)[1:3]
+    assert now == again
+    assert re.search(
+        r"^saved 1 turn, \d+ tokens in the cache to .*my chat \([\d.]+ KiB\)$", err, re.M
+    )
+    assert re.search(r"^resumed 1 turn, \d+ tokens in the cache$", err, re.M)
+    out, err = chat("And now?", "/stats", options=(*SHORT, "--resume", file))
+    assert out.splitlines()[0] == again
+    assert "ring, int8, all kept" in out
+    assert err.startswith("resumed 1 turn")
+
+
+def test_resuming_takes_the_cache_as_it_was_saved(chat: Chat, tmp_path: Path) -> None:
+    file = str(tmp_path / "chat")
+    chat(f"/save {file}")
+    _, err = chat(options=("--resume", file, "--codec", "int8", "--window", "64"), status=1)
+    assert err == "error: --resume takes the cache as it was saved; leave out --codec, --window\n"
+    _, err = chat("/system", options=("--resume", file, "--system", "Be brief."))
+    assert err.splitlines()[1] == "system: Be brief."
+
+
 # Interrupts.
 
 

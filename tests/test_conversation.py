@@ -493,19 +493,12 @@ def test_another_process_goes_on_with_the_same_tokens(model: Model, tmp_path: Pa
 def test_smollm2_goes_on_in_another_process_with_the_same_tokens(
     smollm2: Model, tmp_path: Path
 ) -> None:
-    conversation = Conversation(smollm2, "int4", system="You are a helpful assistant.")
-    talk(conversation, ["What is a KV cache?", "Why is it needed?"])
+    conversation = Conversation(smollm2)
+    tokens_of(conversation.say("What is a KV cache?", GREEDY))
     conversation.save(tmp_path / "chat")
-    [tokens] = talk(conversation, ["Say it in one word."])
+    tokens = tokens_of(conversation.say("Say it in one word.", GREEDY))
+    assert tokens == from_nothing(conversation)
     assert conversation.turn is not None
+    assert conversation.turn.prefilled_tokens < 20
     there = resumed_in_another_process(smollm2.name, tmp_path / "chat", "Say it in one word.")
     assert there == [tokens, conversation.turn.prefilled_tokens]
-    assert conversation.turn.prefilled_tokens < 20
-
-
-@pytest.mark.smollm2
-def test_smollm2_answers_as_from_nothing(smollm2: Model) -> None:
-    conversation = Conversation(smollm2)
-    for text in ("What is a KV cache?", "Why is it needed?"):
-        tokens = tokens_of(conversation.say(text, GREEDY))
-        assert tokens == from_nothing(conversation)

@@ -202,7 +202,8 @@ def test_sinks_stay_when_the_window_moves_on():
 
 def test_a_window_moves_on_step_by_step():
     blocks = a_manager(sliding(3), block_size=2)
-    begin(blocks, 1, TEXT[:1])
+    keys = PrefixKeys(TEXT)
+    assert blocks.open(1, keys, blocks.match(keys, 0), 1)
     for length in range(2, 30):
         blocks.publish(1, length - 1)
         assert blocks.allocate(1, length)

@@ -172,7 +172,7 @@ class Conversation:
         self._refuse_while_answering()
         for index in range(len(self._messages) - 1, -1, -1):
             if self._messages[index]["role"] == "user":
-                said = self._messages[index]["content"]
+                said = str(self._messages[index]["content"])
                 del self._messages[index:]
                 return said
         return None

@@ -1,9 +1,13 @@
 """Whether a waiting sample may start beside those that run, and with what of the cache.
 
-Questions about blocks, no effects; the scheduler asks them and acts.
+The scheduler asks, and then acts on slots; of all that is here only `open_blocks` has an effect.
 """
 
+from typing import NamedTuple
+
 from kvist.core.blocks import PagedBlockManager
+from kvist.core.explain import explain_misses
+from kvist.core.record import Miss
 from kvist.core.roster import Roster
 from kvist.core.state import SampleState
 
@@ -40,7 +44,42 @@ def worth_preempting(
     return worse if enough else []
 
 
-def sibling_to_share_with(state: SampleState, blocks: PagedBlockManager) -> SampleState | None:
+class Opening(NamedTuple):
+    """What an admitted sample has of the cache.
+
+    Args:
+        cached: tokens that need not be computed.
+        fork: those of them that it shares with a sibling.
+        host: those of them that are loaded from the host tier.
+        misses: why the prompt's other tokens have to be computed.
+    """
+
+    cached: int
+    fork: int
+    host: int
+    misses: tuple[Miss, ...]
+
+
+def open_blocks(state: SampleState, blocks: PagedBlockManager) -> Opening | None:
+    """Own what the cache has of it; None if there is no room even for that."""
+    prompt_tokens = len(state.request.prompt_ids)
+    sibling = _sibling_to_share_with(state, blocks)
+    if sibling is not None:
+        shared = prompt_tokens - 1
+        blocks.fork(sibling.key, state.key, state.keys, shared)
+        return Opening(shared, shared, 0, (Miss(shared, prompt_tokens, "tail"),))
+    limit = state.family.match_limit(state.total)
+    match = blocks.match(state.keys, limit)
+    misses: tuple[Miss, ...] = ()
+    if state.admitted_at is None:
+        wanted = limit if blocks.prefix_cache else 0
+        misses = explain_misses(blocks.index, state.keys, match.num_blocks, prompt_tokens, wanted)
+    if not blocks.open(state.key, state.keys, match, match.num_tokens):
+        return None
+    return Opening(match.num_tokens, 0, match.host_tokens, misses)
+
+
+def _sibling_to_share_with(state: SampleState, blocks: PagedBlockManager) -> SampleState | None:
     """A running sample of the same request that has all of the prompt but its last token."""
     shared = len(state.request.prompt_ids) - 1
     if state.sequence.output_ids or not shared or not state.family.prompt_done:

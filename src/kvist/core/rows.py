@@ -1,15 +1,55 @@
-"""Turns "this sequence's next tokens" into a plan's row; draws the randomness that it samples with.
+"""A plan in the making, and how "this sequence's next tokens" become one of its rows.
 
-The scheduler has decided and reserved everything before; nothing here can fail or changes state.
+The scheduler has decided and reserved everything before; making a row draws the randomness that it
+samples with, cannot fail and changes nothing.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvist.core.plan import LAST_SAMPLED, ImageSlice, PlanRow
+from kvist.core.protocols import Drafter
 from kvist.core.request import ImageSpan
-from kvist.core.state import SampleState
+from kvist.core.state import Family, SampleState
 
 _LAST = (LAST_SAMPLED,)
+
+
+class Entry(NamedTuple):
+    """A planned row and whose it is; the epoch tells whether that was preempted since."""
+
+    row: PlanRow
+    state: SampleState
+    epoch: int
+
+
+@dataclass(slots=True)
+class Build:
+    """A plan in the making."""
+
+    step: int
+    budget: int
+    short: list[Entry] = field(default_factory=list)  # rows of one token
+    long: list[Entry] = field(default_factory=list)
+    lacks_blocks: bool = False
+    failures: list[tuple[Family, str]] = field(default_factory=list)
+
+    def add(self, row: PlanRow, state: SampleState) -> None:
+        """One more row, for the whole of which there is budget."""
+        length = len(row.tokens)
+        self.budget -= length
+        (self.short if length == 1 else self.long).append(Entry(row, state, state.epoch))
+
+
+def draft(state: SampleState, drafter: Drafter, limit: int) -> tuple[int, ...]:
+    """Up to `limit` guesses for the tokens behind the last one."""
+    # The row's own sample is one of the tokens that may still come; guesses are the others.
+    limit = min(limit, state.max_total - state.total - 1)
+    if limit < 1:
+        return ()
+    sequence = state.sequence
+    return tuple(drafter(sequence.prompt_ids, sequence.output_ids, limit))[:limit]
 
 
 def make_row(state: SampleState, stop: int, drafts: tuple[int, ...] = (), mask: int = 0) -> PlanRow:

@@ -12,13 +12,10 @@ end the first in rank runs alone, and `add` refused it if it could not do that.
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
 
-from kvist.core.admission import has_headroom, sibling_to_share_with, worth_preempting
+from kvist.core.admission import has_headroom, open_blocks, worth_preempting
 from kvist.core.blocks import PagedBlockManager
-from kvist.core.explain import explain_misses
 from kvist.core.images import EncoderCache
 from kvist.core.limits import SchedulerConfig, refuse_what_never_fits
 from kvist.core.plan import (
@@ -33,33 +30,13 @@ from kvist.core.plan import (
     TokensEvent,
 )
 from kvist.core.protocols import Clock, Drafter
-from kvist.core.record import Miss, RequestRecord, Snapshot
+from kvist.core.record import RequestRecord, Snapshot
 from kvist.core.request import Request
 from kvist.core.roster import Roster
-from kvist.core.rows import make_row
+from kvist.core.rows import Build, Entry, draft, make_row
 from kvist.core.snapshot import take_snapshot
 from kvist.core.state import Family, SampleState, Totals
 from kvist.errors import KvistError, RequestError
-
-
-class _Entry(NamedTuple):
-    """A planned row and whose it is; the epoch tells whether that was preempted since."""
-
-    row: PlanRow
-    state: SampleState
-    epoch: int
-
-
-@dataclass(slots=True)
-class _Build:
-    """A plan in the making."""
-
-    step: int
-    budget: int
-    short: list[_Entry] = field(default_factory=list)  # rows of one token
-    long: list[_Entry] = field(default_factory=list)
-    lacks_blocks: bool = False
-    failures: list[tuple[Family, str]] = field(default_factory=list)
 
 
 class ContinuousScheduler:
@@ -89,7 +66,7 @@ class ContinuousScheduler:
         self._watermarks = [int(config.watermark * g.num_blocks) for g in blocks.groups]
         self._families: dict[str, Family] = {}
         self._roster = Roster(config.max_num_seqs)
-        self._uncommitted: deque[tuple[Plan, list[_Entry]]] = deque()
+        self._uncommitted: deque[tuple[Plan, list[Entry]]] = deque()
         self._deferred: list[Event] = []
         self._step = 0
         self._num_arrived = self._num_keys = 0
@@ -157,7 +134,7 @@ class ContinuousScheduler:
         self._step += 1
         self.blocks.step = self._step
         self._images.begin_step()
-        build = _Build(self._step, self.config.max_batch_tokens)
+        build = Build(self._step, self.config.max_batch_tokens)
         if self._roster.waiting:
             self._yield_to_urgent()
         prefilling = []
@@ -220,7 +197,7 @@ class ContinuousScheduler:
 
     # -- planning ----------------------------------------------------------------------------
 
-    def _plan(self, build: _Build, state: SampleState) -> None:
+    def _plan(self, build: Build, state: SampleState) -> None:
         """A row for a running sample: a decode, or as much of a prompt as there is room for."""
         start, request = state.planned, state.request
         stop = min(state.total, start + min(build.budget, self._chunk))
@@ -247,31 +224,19 @@ class ContinuousScheduler:
                     build.failures.append((state.family, f"the grammar failed: {error!r}"))
                     return
             elif drafter is not None and state.sequence.output_ids:
-                drafts = self._draft(build, state, drafter)
+                limit = min(self.config.max_drafts, build.budget - (stop - start))
+                drafts = draft(state, drafter, limit)
+                if drafts and not self.blocks.allocate(state.key, stop + len(drafts)):
+                    drafts = ()
         row = make_row(state, stop, drafts, mask)
         state.planned = stop + len(drafts)
         state.planned_step = build.step
         if row.sample:
             state.pending += 1
             state.total += 1
-        length = len(row.tokens)
-        build.budget -= length
-        (build.short if length == 1 else build.long).append(_Entry(row, state, state.epoch))
+        build.add(row, state)
 
-    def _draft(self, build: _Build, state: SampleState, drafter: Drafter) -> tuple[int, ...]:
-        """Guesses for the tokens behind the last one, as far as they could be kept."""
-        sequence = state.sequence
-        # The row's own sample is one of the tokens that may still come; guesses are the others.
-        left = state.max_total - state.total - 1
-        budget = build.budget - (state.total - state.planned)
-        limit = min(self.config.max_drafts, left, budget)
-        if limit < 1:
-            return ()
-        drafts = tuple(drafter(sequence.prompt_ids, sequence.output_ids, limit))[:limit]
-        fits = self.blocks.allocate(state.key, state.total + len(drafts))
-        return drafts if fits else ()
-
-    def _preempt_for(self, build: _Build, state: SampleState) -> bool:
+    def _preempt_for(self, build: Build, state: SampleState) -> bool:
         """Take the blocks of the last in rank that is not in this plan, if it is behind `state`.
 
         False if there is none, or if waiting for the plans under way will do.
@@ -302,7 +267,7 @@ class ContinuousScheduler:
         while worse and not (self._roster.has_free_slot and self._has_headroom(head)):
             self._preempt(worse.pop())
 
-    def _admit_waiting(self, build: _Build) -> None:
+    def _admit_waiting(self, build: Build) -> None:
         """Admit in order of rank; whoever does not fit is not overtaken."""
         roster = self._roster
         while roster.waiting and roster.has_free_slot and build.budget and not build.lacks_blocks:
@@ -317,38 +282,22 @@ class ContinuousScheduler:
 
     def _admit(self, state: SampleState) -> bool:
         """Give it a slot and what the cache has of it; False if not even that has room."""
-        prompt_tokens = len(state.request.prompt_ids)
-        first_time = state.admitted_at is None
-        misses: tuple[Miss, ...] = ()
-        sibling = sibling_to_share_with(state, self.blocks)
-        if sibling is not None:
-            fork = cached = prompt_tokens - 1
-            host = 0
-            misses = (Miss(fork, prompt_tokens, "tail"),)
-            self.blocks.fork(sibling.key, state.key, state.keys, fork)
-        else:
-            limit = state.family.match_limit(state.total)
-            match = self.blocks.match(state.keys, limit)
-            fork, cached, host = 0, match.num_tokens, match.host_tokens
-            if first_time:
-                wanted = limit if self.blocks.prefix_cache else 0
-                index, hit = self.blocks.index, match.num_blocks
-                misses = explain_misses(index, state.keys, hit, prompt_tokens, wanted)
-            if not self.blocks.open(state.key, state.keys, match, cached):
-                return False
-        if first_time:
+        opening = open_blocks(state, self.blocks)
+        if opening is None:
+            return False
+        if state.admitted_at is None:
             state.admitted_at = self._clock()
-            state.misses = misses
-            state.cached_fork, state.cached_host = fork, host
-            state.cached_device = cached - fork - host
+            state.misses = opening.misses
+            state.cached_fork, state.cached_host = opening.fork, opening.host
+            state.cached_device = opening.cached - opening.fork - opening.host
             self._totals.count_prompt(state)
-        self._totals.lost_tokens += state.resume_from(cached)
+        self._totals.lost_tokens += state.resume_from(opening.cached)
         self._roster.take_slot(state)
         return True
 
     # -- committing --------------------------------------------------------------------------
 
-    def _commit_row(self, entry: _Entry, out: RowOutput, now: float, events: list[Event]) -> None:
+    def _commit_row(self, entry: Entry, out: RowOutput, now: float, events: list[Event]) -> None:
         row, state, epoch = entry
         tokens, most = out.tokens, row.num_drafts + row.sample
         fault = out.fault
