@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 import kvist
-from kvist.cache import Batch, KVCache
+from kvist.cache import CODECS, LAYOUTS, Batch, KVCache
 from kvist.chat import Conversation
 from kvist.cli import screen
 from kvist.cli.app import main
@@ -182,14 +182,17 @@ def test_a_saved_chat_is_gone_on_with(model: Model, chat: Chat, tmp_path: Path) 
     options = (*SHORT, "--codec", "int8", "--cache", "ring", "--system", "Be brief.")
     out, err = chat("Hello", f"/save {file}", "And now?", "/reset", f"/load {file}", "And now?",
                     options=options)  # fmt: skip
-    _, now, again = out.splitlines()[0], *out.rsplit("\n", 3)[1:3]
-    assert now == again
+    conversation = Conversation(model, "int8", "ring", system="Be brief.")
+    hello, now = (
+        "".join(d.text for d in conversation.say(t, GREEDY)) for t in ("Hello", "And now?")
+    )
+    assert out == f"{hello}\n{now}\n{now}\n"
     assert re.search(
         r"^saved 1 turn, \d+ tokens in the cache to .*my chat \([\d.]+ KiB\)$", err, re.M
     )
     assert re.search(r"^resumed 1 turn, \d+ tokens in the cache$", err, re.M)
     out, err = chat("And now?", "/stats", options=(*SHORT, "--resume", file))
-    assert out.splitlines()[0] == again
+    assert out.startswith(f"{now}\n")
     assert "ring, int8, all kept" in out
     assert err.startswith("resumed 1 turn")
 
@@ -201,6 +204,11 @@ def test_resuming_takes_the_cache_as_it_was_saved(chat: Chat, tmp_path: Path) ->
     assert err == "error: --resume takes the cache as it was saved; leave out --codec, --window\n"
     _, err = chat("/system", options=("--resume", file, "--system", "Be brief."))
     assert err.splitlines()[1] == "system: Be brief."
+
+
+def test_help_names_every_codec_and_layout(chat: Chat) -> None:
+    out, _ = chat(options=("--help",))
+    assert [name for name in (*CODECS, *LAYOUTS) if name not in out] == []
 
 
 # Interrupts.
@@ -494,7 +502,10 @@ def test_on_a_terminal_one_talks_and_leaves_with_ctrl_d(
     assert "context 1,024" in greeting
     assert "/help lists the commands, Ctrl-D leaves" in greeting
     talk.type("Hello\n")
+    talk.until("reading")
+    talk.type("And now?\n")  # while the answer is on its way
     assert "0 tokens cached" in talk.until("tok/s")
+    assert "And now?" not in talk.until("tokens cached").rpartition("> ")[0]
     talk.until("> ")
     talk.type("\x03")  # at the prompt, Ctrl-C is a hint only
     talk.until("Ctrl-D or /exit leaves")

@@ -134,6 +134,7 @@ class Harness:
         self.logs: dict[tuple[str, int], Log] = {}
         self.prompt_reports: dict[str, list[int]] = {}
         self.checked = checked
+        self._expected: dict[tuple[str, int], list[int]] = {}
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -154,13 +155,14 @@ class Harness:
         self.check_tables()
         return plan
 
-    def commit(self) -> list[Event]:
+    def commit(self, check: bool = True) -> list[Event]:
         """Commit the oldest plan that is under way."""
         plan, output = self.under_way.popleft()
         events = self.scheduler.commit(plan, output)
         self.runner.committed(plan)
         self.take(events)
-        self.check()
+        if check:
+            self.check()
         return events
 
     def step(self) -> Plan:
@@ -203,13 +205,20 @@ class Harness:
             if len(self.under_way) < 2:
                 self.schedule()
             while len(self.under_way) > (ahead and bool(self.scheduler.slots)):
-                self.commit()
+                self.commit(check=False)  # the next schedule does
         raise AssertionError("some request never ends")
 
     def check(self) -> None:
         """Every invariant, and that the runner's tables are the block manager's."""
         if self.checked:
             self.blocks.check()
+
+    def expected(self, request_id: str, sample: int) -> list[int]:
+        """What a sample must give, computed once."""
+        key = request_id, sample
+        if key not in self._expected:
+            self._expected[key] = expected_output(self.requests[request_id], sample)
+        return self._expected[key]
 
     def check_tables(self) -> None:
         """The changes in the plans so far add up to the block manager's tables."""
@@ -233,8 +242,7 @@ class Harness:
             assert group.held == 0
             assert pool.num_available == group.num_blocks - 1
         for (request_id, sample), log in self.logs.items():
-            request = self.requests[request_id]
-            expected = expected_output(request, sample)
+            expected = self.expected(request_id, sample)
             assert log.reason is not None, f"{request_id}/{sample} never ended"
             assert log.tokens == expected[: len(log.tokens)]
             if log.reason in ("stop", "length"):

@@ -325,6 +325,15 @@ def test_a_window_that_has_moved_on_forbids_going_back():
     blocks.check()
 
 
+def test_a_window_moves_on_again_after_going_back():
+    blocks = a_manager(sliding(4), block_size=2, prefix_cache=False)
+    compute(blocks, 1, TEXT[:12])
+    blocks.truncate(1, 0)
+    assert blocks.allocate(1, 12)
+    blocks.publish(1, 12)
+    assert blocks.blocks_of(1, 0)[:4] == (0,) * 4
+
+
 def test_what_is_not_computed_cannot_be_shared_or_published():
     blocks = a_manager()
     begin(blocks, 1, TEXT[:6])

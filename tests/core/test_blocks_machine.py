@@ -285,7 +285,7 @@ def test_every_block_holds_what_its_owners_and_its_key_say() -> None:
     run_state_machine_as_test(
         BlocksMachine,
         settings=settings(
-            max_examples=examples(0.4),
+            max_examples=examples(0.44),
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -2,6 +2,7 @@
 
 from harness import FULL, Harness, make_request
 
+from kvist.core.images import EncoderCache
 from kvist.core.plan import ImageSlice
 from kvist.core.request import ImageSpan
 from kvist.core.tables import CacheGroup
@@ -71,6 +72,34 @@ def test_a_cached_prefix_needs_no_encoder():
     assert harness.schedule().encodes == ()
     harness.commit()
     harness.drain()
+
+
+def test_an_image_stays_while_any_sequence_still_needs_it():
+    cache = EncoderCache(step_budget=8, capacity=8)
+    cat, dog = (ImageSpan(0, 6, digest) for digest in ("cat", "dog"))
+    cache.begin_step()
+    assert cache.claim(1, [cat], 0, 6) == 6
+    assert cache.claim(2, [cat], 0, 3) == 3
+    cache.release(1, [cat], upto=6)
+    cache.release(2, [cat], upto=5)
+    cache.begin_step()
+    assert cache.claim(3, [dog], 0, 6) == 0, "the second still needs the cat's last token"
+    cache.release(2, [cat], upto=6)
+    assert cache.claim(3, [dog], 0, 6) == 6
+    encodes, _ = cache.collect()
+    assert [encode.digest for encode in encodes] == ["dog"]
+
+
+def test_an_image_given_up_in_the_step_that_would_encode_it_is_left_out_of_the_plan():
+    cache = EncoderCache(step_budget=12, capacity=8)
+    cat, dog = (ImageSpan(0, 6, digest) for digest in ("cat", "dog"))
+    cache.begin_step()
+    cache.claim(1, [cat], 0, 6)
+    cache.release(1, [cat], upto=6)
+    cache.claim(2, [dog], 0, 6)
+    encodes, dropped = cache.collect()
+    assert [encode.digest for encode in encodes] == ["dog"]
+    assert dropped == ()
 
 
 def test_an_image_of_a_request_that_ended_before_it_was_planned_is_never_encoded():

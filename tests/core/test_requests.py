@@ -55,6 +55,17 @@ def test_a_window_makes_long_requests_fit_in_a_small_pool():
     harness.drain()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_smallest_pool_that_a_window_is_let_into_is_enough(ahead):
+    # Three tokens of window behind the next, one of slack, one under way, the next: 4 blocks of 2.
+    request = make_request("r", [1] * 9, max_tokens=12)
+    harness = Harness([CacheGroup(sliding(4), 5)], block_size=2)
+    harness.add(request)
+    harness.drain(ahead=ahead)
+    with pytest.raises(ContextTooLong, match="need 4 blocks of 2, but the cache has 3"):
+        Harness([CacheGroup(sliding(4), 4)], block_size=2).add(request)
+
+
 def test_an_image_that_no_step_could_encode_is_refused_with_both_numbers():
     harness = Harness([CacheGroup(FULL, 100)], max_image_tokens=4)
     message = refusal(harness, [1] * 8, images=(ImageSpan(0, 5, "cat"),))

@@ -25,6 +25,9 @@ from kvist.errors import CacheError
 FORMAT = "kvist.cache"
 VERSION = "1"
 
+# Layouts that never let go of a token: what their layers lack was never written (filled late).
+KEEPING = frozenset({"dynamic", "static"})
+
 Ranges = tuple[range, ...]
 
 
@@ -340,18 +343,21 @@ def _part(file: Any, key: str, held: Ranges, span: range, out: Tensor) -> Tensor
 def _forget_what_is_missing(saved: SavedCache, cache: Saveable, held: list[list[Ranges]]) -> None:
     """Let the cache hold nothing that the file did not; raise if it would then lack something."""
     for row, layers in enumerate(held):
+        length = saved.lengths[row]
         for layer_idx, there in enumerate(layers):
-            if not _within(cache.held(layer_idx, row), there):
-                cache.lose(layer_idx, row, there[-1].start if there else saved.lengths[row])
-            here = cache.held(layer_idx, row)
-            spec, length = cache.specs[layer_idx], saved.lengths[row]
+            if _within((range(length),), there):
+                continue
+            alike = cache.layout == saved.layout or {cache.layout, saved.layout} <= KEEPING
+            if alike and not _within(cache.held(layer_idx, row), there):
+                cache.lose(layer_idx, row, there[-1].start if there else length)
+            here, spec = cache.held(layer_idx, row), cache.specs[layer_idx]
             needed = (range(min(spec.sinks, length)), range(first_needed(spec, length), length))
             wanted = tuple(_common(part, need) for part in there for need in needed)
             if not _within(here, there) or not _within(wanted, here):
                 raise CacheError(
                     f"{saved.path} was saved from a {saved.layout} cache that had let go of what "
-                    f"lay behind its windows, and a {cache.layout} cache cannot hold the rest; "
-                    f"load it into a {saved.layout} cache made in the same way"
+                    f"lay behind its windows, and this {cache.layout} cache would need it to go "
+                    f"back; load it into a {saved.layout} cache made in the same way"
                 )
 
 

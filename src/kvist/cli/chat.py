@@ -63,7 +63,7 @@ def command(
         bool,
         typer.Option(
             "--think/--no-think",
-            help="Whether a model that can think before it answers is to.",
+            help="Whether a model that can think before it answers should.",
             rich_help_panel=CHAT,
         ),
     ] = True,

@@ -22,10 +22,18 @@ DummyOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One machine-readable JSON object.")]
 CacheOption = Annotated[
-    str, typer.Option("--cache", metavar="LAYOUT", help="Where tokens lie: dynamic, static …")
+    str,
+    typer.Option(
+        "--cache", metavar="LAYOUT", help="Where tokens lie: dynamic, static, ring, paged."
+    ),
 ]
 CodecOption = Annotated[
-    str, typer.Option("--codec", metavar="CODEC", help="How they are written: plain …")
+    str,
+    typer.Option(
+        "--codec",
+        metavar="CODEC",
+        help="How they are written: plain, fp8, int8, k8v4, int4; int4,0-1=int8 for some layers.",
+    ),
 ]
 WindowOption = Annotated[
     int | None,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvist.cli.options import (
+    CacheOption,
     CodecOption,
     DeviceOption,
     DtypeOption,
@@ -40,10 +41,7 @@ def command(
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 1,
     codec: CodecOption = "plain",
-    cache: Annotated[
-        str,
-        typer.Option("--cache", metavar="LAYOUT", help="Where tokens lie: paged, static, ring …"),
-    ] = "paged",
+    cache: CacheOption = "paged",
     window: WindowOption = None,
     sinks: SinksOption = 0,
     dtype: DtypeOption = "auto",

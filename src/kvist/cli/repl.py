@@ -93,7 +93,7 @@ class Repl:
         said = len(conversation.messages)
         stream = conversation.say(text, self._params)
         parser = ThinkingParser(inside=conversation.starts_thinking)
-        with _interrupts_to(conversation.stop):
+        with _interrupts_to(conversation.stop), _without_echo():
             screen.working("reading")
             try:
                 for delta in stream:
@@ -246,6 +246,28 @@ def _interrupts_to(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep what is typed for the next line, but off the screen, which is being drawn on."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    try:
+        import termios
+    except ImportError:  # not POSIX
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def read_lines(interactive: bool) -> Iterator[str]:

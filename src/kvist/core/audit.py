@@ -36,14 +36,15 @@ def check_books(
     for key, table in tables.items():
         _check_table(key, table, groups, index.block_size)
     for g, (pool, host) in enumerate(zip(pools, hosts, strict=True)):
-        owners: Counter[int] = Counter()
+        owners = [0] * pool.num_blocks
         for table in tables.values():
-            owners.update(block for block in table.blocks[g] if block != NULL_BLOCK)
+            for block in table.blocks[g]:
+                owners[block] += block != NULL_BLOCK
         saves = [move for plan in plans for move in plan.saves[g]]
         loads = [move for plan in plans for move in plan.loads[g]]
         copies = [block for plan in plans for copy in plan.copies[g] for block in copy]
         holds = Counter([move.block for move in (*saves, *loads)] + copies)
-        pool.check([owners[block] for block in range(pool.num_blocks)], dict(holds))
+        pool.check(owners, dict(holds))
         host.check(
             dict(Counter(move.host_block for move in loads)),
             {move.host_block for move in saves},

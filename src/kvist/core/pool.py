@@ -123,14 +123,14 @@ class Pool:
     def check(self, expected_owners: list[int], expected_holds: dict[int, int]) -> None:
         """Raise InvariantError if a block is leaked, owned twice, or in two places at once."""
         where = f"group {self._group}"
-        for block in range(1, self.num_blocks):
-            if self.owners[block] != expected_owners[block]:
-                raise InvariantError(
-                    f"{where}: block {block} counts {self.owners[block]} owners but is in "
-                    f"{expected_owners[block]} tables"
-                )
         if self.owners[0] or self.nodes[0] is not None:
             raise InvariantError(f"{where}: the null block is owned or published")
+        if self.owners != expected_owners:
+            pairs = enumerate(zip(self.owners, expected_owners, strict=True))
+            block, (counted, found) = next((b, pair) for b, pair in pairs if pair[0] != pair[1])
+            raise InvariantError(
+                f"{where}: block {block} counts {counted} owners but is in {found} tables"
+            )
         if self._holds != expected_holds:
             raise InvariantError(f"{where}: holds {self._holds}, but plans need {expected_holds}")
         free = set(self._free)
@@ -145,9 +145,10 @@ class Pool:
             raise InvariantError(f"{where}: blocks are not free, idle, owned or held exactly once")
         if self._held_idle != len(self._holds.keys() & self._idle.keys()):
             raise InvariantError(f"{where}: counts {self._held_idle} idle blocks as held")
-        for block, node in enumerate(self.nodes):
-            if node is None and block in self._idle:
+        for block in self._idle:
+            if self.nodes[block] is None:
                 raise InvariantError(f"{where}: block {block} is idle but holds no prefix")
+        for block, node in enumerate(self.nodes):
             if node is not None and (node.blocks[self._group] != block or block in free):
                 raise InvariantError(f"{where}: block {block} and its prefix disagree")
         for node in self._index:
