@@ -459,7 +459,7 @@ class Terminal:
         self.child = subprocess.Popen(
             [sys.executable, "-m", "kvist", "chat", TINY, *SHORT, *options],
             stdin=there, stdout=there, stderr=there, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1"},
             preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(there)
