@@ -238,7 +238,7 @@ class AsyncLLM:
                 call.do()
             except BaseException as error:
                 self._death = error
-                call.refuse(self._dead())
+                self._inbox.put(call)  # who asked is told with the others, once it is seen to be over
                 raise
             wait = False
 
