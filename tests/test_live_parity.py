@@ -71,7 +71,7 @@ def ropes(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    family = draw(st.sampled_from(["qwen3", "llama"]))
+    family = draw(st.sampled_from(["qwen3", "qwen3_moe", "llama"]))
     kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads = kv_heads * draw(st.integers(1, 3))
     config: dict[str, Any] = {
@@ -104,6 +104,16 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
             )
         else:
             config["max_window_layers"] = draw(st.integers(0, layers))
+    if family == "qwen3_moe":
+        experts = draw(st.integers(2, 6))
+        config |= {
+            "num_experts": experts,
+            "num_experts_per_tok": draw(st.integers(1, experts)),
+            "moe_intermediate_size": draw(st.sampled_from([5, 12])),
+            "norm_topk_prob": draw(st.booleans()),
+            "decoder_sparse_step": draw(st.integers(1, 2)),
+            "mlp_only_layers": draw(st.lists(st.integers(0, layers - 1), max_size=1)),
+        }
     return config
 
 
@@ -113,16 +123,18 @@ def in_the_style_of_transformers_4(config: dict[str, Any], drop_layer_types: boo
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
     if drop_layer_types:  # older still: max_window_layers alone says it
-        del config["layer_types"]
+        config.pop("layer_types", None)
 
 
 def random_transformers_model(config: dict[str, Any], seed: int) -> Any:
-    kind = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[
-        config["model_type"]
-    ]
+    kind = {
+        "qwen3": transformers.Qwen3Config,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
+        "llama": transformers.LlamaConfig,
+    }[config["model_type"]]
     made = kind(**{name: value for name, value in config.items() if name != "model_type"})
     model = transformers.AutoModelForCausalLM.from_config(
-        made, attn_implementation="eager", dtype=torch.float32
+        made, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
     ).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -132,7 +144,7 @@ def random_transformers_model(config: dict[str, Any], seed: int) -> Any:
         elif name.endswith("bias"):
             weight.data = 0.3 * noise
         else:
-            weight.data = noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5
+            weight.data = noise if "embed" in name else 1.5 * noise / weight.shape[-1] ** 0.5
     return model
 
 

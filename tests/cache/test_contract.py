@@ -1,261 +1,268 @@
-"""The contract: layout x codec x retention x attention, all of them give the reference's tokens.
+"""Whatever is done to a cache, it gives the reference's tokens.
 
-Whatever registers itself in LAYOUTS, CODECS or BACKENDS is tested here without being named. The
-reference is one sequence alone, its prefill in one piece, a dynamic cache and eager attention,
-under the same codec and retention; for lossless codecs there is also one without any cache.
-Tokens that differ count only where the reference's margin is above the measured noise.
+Layout x codec x retention x attention, each drawn with a tiny model of its own, in ragged batches,
+chunk by chunk, with steps that are broken off, rows that are dropped, repeated and exchanged, turns
+taken back, and free places full of NaN. What registers itself in LAYOUTS, CODECS or BACKENDS is
+tested here without being named.
 """
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+from combinations import (
+    ATTENTION,
+    CHUNK,
+    LENGTH,
+    MODELS,
+    RETENTIONS,
+    SLACK,
+    VOCAB,
+    cache_of,
+    expected,
+    model_of,
+    poison,
+    step,
+    tolerance,
+    without_a_cache,
+)
 
-import kvist
-from kvist.attention import BACKENDS
-from kvist.cache import CODECS, LAYOUTS, Batch, make_cache
-from kvist.core.retention import KeepAll, SlidingWindow
+from kvist.cache import CODECS, LAYOUTS, Batch, Cache
 from kvist.errors import CacheError, CacheFull, UnknownLayer
-from kvist.reports.verify import compare
-from tiny_models import build, forward, new_cache
+from kvist.loading.model import Model
+from parity import Tally, assert_same_greedy
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "use_sliding_window": True,
-    "sliding_window": 9,
-    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-}
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 67,
-    "hidden_size": 40,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 20,
-    "max_position_embeddings": 256,
-}
-MODELS = {"mixed windows, GQA": QWEN3, "multi-query": LLAMA}
-RETENTIONS = {
-    "all": KeepAll(),
-    "window": SlidingWindow(7),
-    "window and sinks": SlidingWindow(7, 2),
-}
-# Triton runs in its interpreter only when asked for, and has tests of its own.
-ATTENTION = [name for name in BACKENDS if name != "triton"]
-PARAMS = kvist.SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=5)
-_expected: dict[tuple[str, str, str], list[kvist.Result]] = {}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_codec = pytest.mark.parametrize("codec", CODECS)
+every_retention = pytest.mark.parametrize("retention", RETENTIONS)
+every_model = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def named(request):
-    """A name and a tiny random model of that kind."""
-    return request.param, build(MODELS[request.param], seed=5)
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Tally]:
+    """Ties of the whole suite."""
+    found = Tally()
+    yield found
+    found.check()
 
 
-def prompts_of(model, seed: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(67) for _ in range(n)] for n in (1, 6, 13, 29)]
+def drawn(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(VOCAB) for _ in range(count))
 
 
-def expected(named, codec: str, retention: str) -> list[kvist.Result]:
-    """Each prompt alone, whole, with the plainest parts."""
-    name, model = named
-    key = (name, codec, retention)
-    if key not in _expected:
-        _expected[key] = [
-            kvist.generate(
-                model,
-                [prompt],
-                PARAMS,
-                codec=codec,
-                retention=RETENTIONS[retention],
-                attention="reference",
-            )[0]
-            for prompt in prompts_of(model, 1)
+class Player:
+    """A cache and what its rows should hold; compares every logit with the reference's."""
+
+    def __init__(self, rng: random.Random, layout: str, codec: str, retention: str, rows: int):
+        self.rng, self.rows_wanted = rng, rows
+        self.name = rng.choice(list(MODELS))
+        self.kind = (codec, retention)
+        self.model = model_of(self.name)
+        # Sequences, to be written from their beginning, and how much of each is.
+        self.sequences = [drawn(rng, rng.choice((1, 9, 30, 45))) for _ in range(rows)]
+        self.cache = cache_of(self.model, layout, codec, retention, rows)
+        self.longest = [0] * rows  # that each row ever was
+
+    @property
+    def left(self) -> list[int]:
+        return [len(s) - n for s, n in zip(self.sequences, self.cache.lengths, strict=True)]
+
+    def new_tokens(self, most: int) -> list[tuple[int, ...]]:
+        """Some of what is left of each row; rows may wait."""
+        counts = [min(left, self.rng.randint(0, most)) for left in self.left]
+        if not any(counts):  # a step without any token is no step
+            counts = [min(left, 1) for left in self.left]
+        lengths = self.cache.lengths
+        return [s[n : n + c] for s, n, c in zip(self.sequences, lengths, counts, strict=True)]
+
+    def forward(self, tally: Tally, most: int = CHUNK, attention: str | None = None) -> None:
+        """A step, compared."""
+        starts, new = self.cache.lengths, self.new_tokens(most)
+        attention = attention or self.rng.choice(ATTENTION)
+        found = step(self.model, self.cache, new, attention)
+        for sequence, start, logits in zip(self.sequences, starts, found, strict=True):
+            reference = expected(self.name, *self.kind, sequence)[start : start + len(logits)]
+            within = tolerance(self.name, *self.kind, sequence)
+            assert_same_greedy(reference, logits, tally, within=within)
+        self.longest = list(map(max, self.longest, self.cache.lengths))
+
+    def break_off(self) -> None:
+        """A step that writes half of the layers something else, and is never committed."""
+        before = self.cache.lengths
+        batch = Batch.pack(self.new_tokens(CHUNK), before)
+        bound = self.cache.bind(batch)
+        for layer_idx, spec in enumerate(self.model.specs[: len(self.model.specs) // 2 + 1]):
+            shape = (batch.num_tokens, spec.num_kv_heads, spec.head_dim)
+            bound.update(torch.full(shape, 9.0), torch.full(shape, torch.nan), layer_idx)
+        assert self.cache.lengths == before
+
+    def go_back(self) -> None:
+        """No row further than the slack behind where it has been."""
+        lengths = [
+            self.rng.randint(max(0, longest - SLACK), n)
+            for n, longest in zip(self.cache.lengths, self.longest, strict=True)
         ]
-    return _expected[key]
+        self.cache.crop(lengths)
+        assert list(self.cache.lengths) == lengths
+
+    def reorder(self) -> None:
+        """Rows are dropped, exchanged, repeated; a repeated one goes on in its own way."""
+        count = len(self.sequences)
+        rows = [self.rng.randrange(count) for _ in range(self.rng.randint(1, self.rows_wanted))]
+        self.cache.reorder(rows)
+        held = self.cache.lengths
+        self.longest = [self.longest[row] for row in rows]
+        self.sequences = [
+            self.sequences[row][:n] + drawn(self.rng, min(12, LENGTH - n))
+            for row, n in zip(rows, held, strict=True)
+        ]
 
 
-@pytest.mark.parametrize("retention", RETENTIONS)
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_combination_gives_the_references_tokens(named, layout, codec, retention):
-    _, model = named
-    rng = random.Random(f"{layout} {codec} {retention}")
+@every_retention
+@every_codec
+@every_layout
+def test_any_chunks_and_neighbours_give_the_references_tokens(
+    layout: str, codec: str, retention: str, tally: Tally
+) -> None:
     for attention in ATTENTION:
-        found = kvist.generate(
-            model,
-            prompts_of(model, 1),
-            PARAMS,
-            cache=layout,
-            codec=codec,
-            retention=RETENTIONS[retention],
-            attention=attention,
-            chunk=rng.choice([1, 2, 3, 5, 8, 64]),
-        )
-        check = compare(
-            f"{layout} {codec} {retention} {attention}", expected(named, codec, retention), found
-        )
-        assert check.passed, check
+        rng = random.Random(f"{layout} {codec} {retention} {attention}")
+        player = Player(rng, layout, codec, retention, rows=3)
+        while any(player.left):
+            player.forward(tally, most=rng.choice((1, CHUNK)), attention=attention)
 
 
-@pytest.mark.parametrize("retention", RETENTIONS)
-def test_the_reference_itself_needs_no_cache(named, retention):
-    _, model = named
-    found = kvist.generate(
-        model, prompts_of(model, 1), PARAMS, retention=RETENTIONS[retention], use_cache=False
-    )
-    check = compare("no cache", expected(named, "plain", retention), found)
-    assert check.passed, check
+@every_retention
+@every_codec
+@every_layout
+def test_whatever_happens_on_the_way_gives_the_references_tokens(
+    layout: str, codec: str, retention: str, tally: Tally
+) -> None:
+    rng = random.Random(f"{layout} {codec} {retention}")
+    player = Player(rng, layout, codec, retention, rows=3)
+    for _ in range(14):
+        happening = rng.choice((player.break_off, player.go_back, player.reorder, None))
+        if happening is not None and any(player.left):
+            happening()
+        poison(player.cache)
+        if any(player.left):
+            player.forward(tally)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_aborted_step_leaves_no_trace(named, layout, codec):
-    _, model = named
-    cache = cache_of(model, layout, codec)
-    forward(model, cache, [[1, 2, 3, 4]])
-    batch = Batch.pack([[5, 6]], cache.lengths)
-    view = cache.bind(batch)
-    spec = model.specs[0]
-    poison = torch.full((2, spec.num_kv_heads, spec.head_dim), torch.nan)
-    if codec == "plain":
-        view.update(poison, poison, 0)
-    assert cache.lengths == (4,)
-    after = forward(model, cache, [[7]])
-    untouched = cache_of(model, layout, codec)
-    forward(model, untouched, [[1, 2, 3, 4]])
-    torch.testing.assert_close(after, forward(model, untouched, [[7]]))
+@every_retention
+@every_model
+def test_lossless_is_what_weights_and_mask_alone_give(name: str, retention: str) -> None:
+    tokens = drawn(random.Random(name), 40)
+    found = expected(name, "plain", retention, tokens)
+    assert_same_greedy(without_a_cache(model_of(name), tokens, RETENTIONS[retention]), found)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_going_back_gives_what_would_have_been(named, layout, codec):
-    _, model = named
-    cache = cache_of(model, layout, codec)
-    forward(model, cache, [[1, 2, 3, 4, 5, 6]])
-    cache.crop(4)
-    assert cache.lengths == (4,)
-    straight = cache_of(model, layout, codec)
-    forward(model, straight, [[1, 2, 3, 4]])
-    torch.testing.assert_close(
-        forward(model, cache, [[9, 8]]), forward(model, straight, [[9, 8]]), atol=1e-5, rtol=1e-5
-    )
+@every_layout
+def test_each_row_alone_decodes_like_all_of_them_at_once(layout: str) -> None:
+    model, rng = model_of("grouped, 12"), random.Random(layout)
+    sequences = [drawn(rng, 24) for _ in range(4)]
+    together = cache_of(model, layout, rows=4)
+    alone = [cache_of(model, layout) for _ in sequences]
+    for i in range(24):
+        logits = step(model, together, [s[i : i + 1] for s in sequences])
+        for row, cache in enumerate(alone):
+            [own] = step(model, cache, [sequences[row][i : i + 1]])
+            assert_same_greedy(own, logits[row], within=1e-4)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_reordered_rows_go_on_as_their_sources(named, layout, codec):
-    _, model = named
-    cache = cache_of(model, layout, codec, rows=3)
-    forward(model, cache, [[1, 2, 3], [4], [5, 6]])
-    cache.reorder([2, 0, 0])
-    assert cache.lengths == (2, 3, 3)
-    together = forward(model, cache, [[7], [8], [9]])
-    for row, (past, new) in enumerate((([5, 6], 7), ([1, 2, 3], 8), ([1, 2, 3], 9))):
-        alone = cache_of(model, layout, codec)
-        forward(model, alone, [past])
-        torch.testing.assert_close(
-            together[row], forward(model, alone, [[new]])[0], atol=1e-4, rtol=1e-4
-        )
+# What a contract forbids.
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_a_token_is_written_to_the_same_bits_however_many_stand_beside_it(named, codec):
-    _, model = named
-    made, spec = model.codec(codec), model.specs[0]
-    torch.manual_seed(0)
-    x = torch.randn(33, spec.num_kv_heads, spec.head_dim) * 3
-    for side in ("key", "value"):
-        whole = made.encode(x, side, 0)
-        for i in (0, 7, 32):
-            alone = made.encode(x[i : i + 1], side, 0)
-            for name, plane in whole.items():
-                assert torch.equal(
-                    plane[i : i + 1].view(torch.uint8), alone[name].view(torch.uint8)
-                )
+@pytest.fixture(params=LAYOUTS)
+def three(request: pytest.FixtureRequest) -> tuple[Model, Cache]:
+    """A cache of each layout that holds three tokens."""
+    model = model_of("llama, 16")
+    cache = cache_of(model, request.param)
+    step(model, cache, [[1, 2, 3]])
+    return model, cache
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_planes_of_zeros_decode_to_finite_numbers(named, codec):
-    _, model = named
-    made, spec = model.codec(codec), model.specs[0]
-    for side in ("key", "value"):
-        planes = {
-            name: torch.zeros((4, *shape), dtype=dtype)
-            for name, (shape, dtype) in made.planes(spec, side, 0).items()
-        }
-        assert made.decode(planes, side, 0).isfinite().all()
+def test_a_batch_that_does_not_go_on_where_the_cache_ends_is_refused(
+    three: tuple[Model, Cache],
+) -> None:
+    model, cache = three
+    for cached in (2, 4):
+        with pytest.raises(CacheError, match=rf"\[{cached}\].*\[3\]"):
+            cache.bind(Batch.pack([[1]], [cached]))
+        with pytest.raises(CacheError, match=rf"\[{cached}\].*\[3\]"):
+            cache.commit(Batch.pack([[1]], [cached]))
+    tokens = (1, 2, 3, 4)
+    [logits] = step(model, cache, [[4]])
+    assert_same_greedy(expected("llama, 16", "plain", "all", tokens)[3:], logits)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_that_does_not_go_on_where_the_cache_ends_is_refused(named, layout):
-    _, model = named
-    cache = cache_of(model, layout)
-    with pytest.raises(CacheError, match="3"):
-        cache.bind(Batch.pack([[1]], [3]))
+def test_a_batch_of_other_rows_is_refused(three: tuple[Model, Cache]) -> None:
+    _, cache = three
+    with pytest.raises(CacheError, match="rows"):
+        cache.bind(Batch.pack([[1], [2]], [3, 0]))
+    with pytest.raises(CacheError, match="rows"):
+        cache.bind(Batch.pack([[1]], [3], slots=[1]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_unknown_layer_is_named(named, layout):
-    _, model = named
-    cache, spec = cache_of(model, layout), model.specs[0]
-    view = cache.bind(Batch.pack([[1]], [0]))
-    x = torch.zeros(1, spec.num_kv_heads, spec.head_dim)
-    with pytest.raises(UnknownLayer, match="99"):
-        view.update(x, x, 99)
-
-
-def test_a_full_static_cache_says_so_before_anything_is_written(named):
-    _, model = named
-    cache = make_cache(model.specs, layout="static", max_length=4, dtype=model.dtype)
-    forward(model, cache, [[1, 2, 3]])
-    with pytest.raises(CacheFull, match="5"):
-        cache.bind(Batch.pack([[4, 5]], cache.lengths))
+def test_rows_that_are_not_there_cannot_be_reordered(three: tuple[Model, Cache]) -> None:
+    _, cache = three
+    for rows in ([], [1], [-1]):
+        with pytest.raises(CacheError, match="reorder takes rows"):
+            cache.reorder(rows)
     assert cache.lengths == (3,)
 
 
-def test_a_dynamic_cache_looks_like_transformers(named):
-    _, model = named
-    cache = new_cache(model)
-    forward(model, cache, [[1, 2, 3]])
-    assert len(cache) == len(model.specs)
-    assert cache.get_seq_length() == 3
-    keys, values = cache[0]
-    spec = model.specs[0]
-    assert keys.shape == values.shape == (1, spec.num_kv_heads, 3, spec.head_dim)
-    assert len(list(cache)) == len(cache)
-    assert cache.nbytes > 0
-    cache.reset()
-    assert cache.get_seq_length() == 0
+def test_an_unknown_layer_is_named(three: tuple[Model, Cache]) -> None:
+    model, cache = three
+    bound, spec = cache.bind(Batch.pack([[1]], [3])), model.specs[0]
+    x = torch.zeros(1, spec.num_kv_heads, spec.head_dim)
+    for layer_idx in (-1, 2, 99):
+        with pytest.raises(UnknownLayer, match=str(layer_idx)):
+            bound.update(x, x, layer_idx)
+    with pytest.raises(UnknownLayer):
+        bound.state(0)
 
 
-def test_a_dynamic_cache_does_not_copy_itself_for_every_token(named):
-    _, model = named
-    cache = new_cache(model)
-    capacities = set()
-    for token in range(150):
-        forward(model, cache, [[token % 60]])
-        capacities.add(cache.capacity)
-    assert len(capacities) < 6
+def test_a_static_cache_that_is_full_says_so_before_anything_is_written() -> None:
+    model, rng = model_of("llama, 16"), random.Random(0)
+    tokens = drawn(rng, LENGTH)
+    cache = cache_of(model, "static")
+    step(model, cache, [tokens[:-1]])
+    with pytest.raises(CacheFull, match=rf"{LENGTH + 1} tokens.*room for {LENGTH}"):
+        cache.bind(Batch.pack([[5, 6]], cache.lengths))
+    [logits] = step(model, cache, [tokens[-1:]])
+    assert_same_greedy(expected("llama, 16", "plain", "all", tokens)[-1:], logits)
 
 
-def cache_of(model, layout: str, codec: str = "plain", rows: int = 1):
-    return make_cache(
-        model.specs,
-        layout=layout,
-        codec=model.codec(codec),
-        rows=rows,
-        max_length=64,
-        dtype=model.dtype,
-    )
+@pytest.mark.parametrize("layout", ["dynamic", "static", "ring"])
+@every_codec
+def test_a_layer_filled_late_sees_what_it_was_given(layout: str, codec: str) -> None:
+    model = model_of("grouped, 12")
+    torch.manual_seed(0)
+    late, early = cache_of(model, layout, codec, rows=2), cache_of(model, layout, codec, rows=2)
+    # The last layer misses a first step of 3 and 1 tokens, whose positions it then lacks.
+    for tokens, layers in (([[1] * 3, [1]], (0, 1)), ([[1] * 2, [1] * 4], (0, 1, 2))):
+        batch = Batch.pack(tokens, late.lengths)
+        bound = late.bind(batch)
+        for layer_idx in layers:
+            spec = model.specs[layer_idx]
+            shape = (batch.num_tokens, spec.num_kv_heads, spec.head_dim)
+            keys, values = torch.randn(shape), torch.randn(shape)
+            view = bound.update(keys, values, layer_idx)
+        late.commit(batch)
+        poison(late)
+    only = early.bind(Batch.pack([[1] * 2, [1] * 4], early.lengths)).update(keys, values, 2)
+    assert not view.in_order
+    assert late.get_seq_length(2) == 4
+    for row, first in enumerate((3, 1)):
+        k, v, positions = view.sequence(row)
+        ours, theirs, _ = only.sequence(row)
+        if positions is None:
+            positions = torch.arange(len(k))
+        held = positions >= 0
+        assert positions[held].tolist() == list(range(first, 5))
+        torch.testing.assert_close(k[held], ours)
+        torch.testing.assert_close(v[held], theirs)
+    k, v, positions = view.dense()
+    assert (k[positions < 0] == 0).all()
+    assert (v[positions < 0] == 0).all()

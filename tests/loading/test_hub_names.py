@@ -75,6 +75,14 @@ def test_a_directory_wins_over_a_hub_id_of_the_same_name(
     assert snapshot.call is None
 
 
+def test_a_configuration_alone_needs_no_weights(snapshot: SimpleNamespace) -> None:
+    (snapshot.path / "model.safetensors").unlink()
+    assert resolve("org/name", weights=False) == snapshot.path
+    assert not any("safetensors" in pattern for pattern in snapshot.call[1]["allow_patterns"])
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        resolve("org/name")
+
+
 def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()

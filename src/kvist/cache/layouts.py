@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvist.cache.codecs import make_codec
+from kvist.cache.codecs import Layered, make_codec
 from kvist.cache.dense import DynamicCache, StaticCache
 from kvist.cache.paged_cache import PagedCache
 from kvist.cache.protocol import Cache, Codec
@@ -103,9 +103,11 @@ def make_cache(
         device: where the planes lie.
 
     Raises:
-        CacheError: no layout or codec of this name.
+        CacheError: no layout or codec of this name, or a codec for a layer that there is not.
     """
     if layout not in LAYOUTS:
         raise CacheError(f"no cache layout named {layout!r}; there are: {', '.join(LAYOUTS)}")
     made = make_codec(codec, dtype) if isinstance(codec, str) else codec
+    if isinstance(made, Layered):
+        made.check_layers(len(specs))
     return LAYOUTS[layout](specs, made, rows, max_length, retention, torch.device(device))

@@ -233,7 +233,7 @@ def _metadata(path: Path, file: Any) -> dict[str, str]:
 
 def _describe_file(path: Path, file: Any, metadata: dict[str, str]) -> SavedCache:
     try:
-        lengths = tuple(int(n) for n in json.loads(metadata["lengths"]))
+        lengths = tuple(_whole(n) for n in json.loads(metadata["lengths"]))
         tokens = [tuple(file.get_tensor(_tokens_key(row)).tolist()) for row in range(len(lengths))]
         saved = SavedCache(
             path=path,
@@ -263,7 +263,7 @@ def _check_same(
         "codec": (saved.codec_fingerprint, cache.codec.fingerprint),
         "retention": (str(saved.retention), str(cache.retention)),
         "layers": (metadata.get("specs"), json.dumps([_numbers(spec) for spec in cache.specs])),
-        "rows": (len(saved.lengths), len(cache.lengths)),
+        "number of rows": (len(saved.lengths), len(cache.lengths)),
     }
     for what, (there, here) in expected.items():
         if there != here:
@@ -278,13 +278,18 @@ def _held(
     """For each row and layer the positions in the file."""
     try:
         held = [
-            [tuple(range(start, stop) for start, stop in ranges) for ranges in row]
+            [tuple(range(_whole(start), _whole(stop)) for start, stop in ranges) for ranges in row]
             for row in json.loads(metadata["held"])
         ]
     except (KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{path} is damaged: it does not say what it holds") from error
-    if [len(row) for row in held] != [len(cache.specs)] * len(saved.lengths):
-        raise CacheError(f"{path} is damaged: it holds other layers than it says")
+    fits = [len(row) for row in held] == [len(cache.specs)] * len(saved.lengths) and all(
+        _within(ranges, (range(length),))
+        for row, length in zip(held, saved.lengths, strict=True)
+        for ranges in row
+    )
+    if not fits:
+        raise CacheError(f"{path} is damaged: what it holds is not what it says of its layers")
     return held
 
 
@@ -398,6 +403,13 @@ def _tokens_key(row: int) -> str:
 
 def _numbers(spec: AttentionSpec) -> list[int | None]:
     return [spec.num_kv_heads, spec.head_dim, spec.window, spec.sinks]
+
+
+def _whole(n: object) -> int:
+    """A count out of JSON; raises ValueError for anything else."""
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f"the number {n!r}")
+    return n
 
 
 def _describe(retention: Retention) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from kvist.loading.known import KNOWN
 __all__ = ["download_snapshot", "is_hub_id", "models_dir", "pulled_path", "resolve", "unknown_name"]
 
 # No pickles, and no second copy of the weights in a subdirectory or in the maker's own format.
-_ALLOW = ["*.safetensors", "*.json", "*.jinja"]
+_ALLOW = ["*.json", "*.jinja"]
+_WEIGHTS = ["*.safetensors"]
 _IGNORE = ["*/*", "consolidated*.safetensors"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -46,11 +47,15 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def resolve(name_or_path: str) -> Path:
+def resolve(name_or_path: str, *, weights: bool = True) -> Path:
     """Find a model: an existing path, a pulled name, or a hub id, in this order.
 
     Only a hub id causes a download (into the hub library's cache); a known name that is not here
     is left for the user to pull.
+
+    Args:
+        name_or_path: what the user calls the model.
+        weights: False fetches a hub id's configuration and tokenizer alone.
 
     Returns:
         What `open_checkpoint` takes, or refuses if it is a file of another kind.
@@ -78,7 +83,7 @@ def resolve(name_or_path: str) -> Path:
     if looks_like_path:
         raise ModelNotFound(f"{name_or_path}: no such file or directory")
     if is_hub_id(name_or_path):
-        return download_snapshot(name_or_path)
+        return download_snapshot(name_or_path, weights=weights)
     raise unknown_name(name_or_path)
 
 
@@ -92,12 +97,13 @@ def unknown_name(name: str) -> ModelNotFound:
     )
 
 
-def download_snapshot(repo_id: str, *, local_dir: Path | None = None) -> Path:
+def download_snapshot(repo_id: str, *, local_dir: Path | None = None, weights: bool = True) -> Path:
     """A hub repository's config, tokenizer and safetensors, from the cache where it is complete.
 
     Args:
         repo_id: "organisation/model".
         local_dir: put plain files there instead of into the hub library's cache.
+        weights: False leaves the safetensors where they are.
 
     Raises:
         ModelNotFound: the hub has no such repository, or offline mode finds none in the cache.
@@ -107,14 +113,17 @@ def download_snapshot(repo_id: str, *, local_dir: Path | None = None) -> Path:
 
     try:
         snapshot = huggingface_hub.snapshot_download(
-            repo_id, allow_patterns=_ALLOW, ignore_patterns=_IGNORE, local_dir=local_dir
+            repo_id,
+            allow_patterns=[*(_WEIGHTS if weights else ()), *_ALLOW],
+            ignore_patterns=_IGNORE,
+            local_dir=local_dir,
         )
     # The library raises its own errors and, by version, those of requests or httpx or the system:
     # whatever it was, the user gets one line.
     except Exception as error:
         raise _explain(repo_id, local_dir, error) from error
     path = Path(snapshot)
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         raise CheckpointError(
             f"{repo_id} has no safetensors files, and kvist reads no pickled weights (.bin, .pt); "
             "look for a converted copy"

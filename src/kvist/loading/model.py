@@ -211,9 +211,9 @@ def load(
     from kvist.models.nanovlm import is_nanovlm
     from kvist.text.tokenizer import find_tokenizer
 
-    where = _device(device)
-    checkpoint = open_checkpoint(resolve(str(path_or_name)), weights=not dummy)
-    kind = _dtype(dtype, checkpoint.config, where)
+    where = pick_device(device)
+    checkpoint = open_checkpoint(resolve(str(path_or_name), weights=not dummy), weights=not dummy)
+    kind = pick_dtype(dtype, checkpoint.config, where)
     if is_nanovlm(checkpoint.config):
         return _load_vision(str(path_or_name), checkpoint, kind, where, dummy=dummy, seed=seed)
     family = family_of(checkpoint.config)
@@ -270,7 +270,8 @@ def _ignorable(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """A device by name, "auto" for the first GPU or the CPU; ConfigError where it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -282,9 +283,10 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype(
+def pick_dtype(
     dtype: str | torch.dtype, config: Mapping[str, Any], device: torch.device
 ) -> torch.dtype:
+    """A dtype by name, "auto" for float32 on a CPU and the checkpoint's own elsewhere."""
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":

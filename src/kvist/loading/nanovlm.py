@@ -86,7 +86,9 @@ def load_nanovlm(
     """
     beside = None
     if name := checkpoint.config.get("lm_weights"):
-        beside = open_checkpoint(_find(checkpoint.path, str(name)), weights=not dummy)
+        beside = open_checkpoint(
+            _find(checkpoint.path, str(name), weights=not dummy), weights=not dummy
+        )
     config = _read_config(checkpoint, beside)
     tokenizer = make_tokenizer(config, checkpoint, beside)
     processor = make_processor(config, tokenizer, limits)
@@ -115,10 +117,10 @@ def _computed(name: str) -> bool:
     return name == _FREQUENCIES or name.endswith("rotary_emb.inv_freq")
 
 
-def _find(directory: Path, name: str) -> Path:
+def _find(directory: Path, name: str, *, weights: bool) -> Path:
     """A path beside the checkpoint, else whatever a user could call a model."""
     nearby = directory / name
-    return nearby if nearby.exists() else resolve(name)
+    return nearby if nearby.exists() else resolve(name, weights=weights)
 
 
 # Names: nanoVLM's parts, and ours for the same.
@@ -247,7 +249,7 @@ def _tokenizer_source(
         raise CheckpointError(f"{checkpoint.path}: config.json names no lm_tokenizer")
     if is_hub_id(name) and not Path(name).exists():
         return _TokenizerFiles(_download_tokenizer(name))
-    found = resolve(name)
+    found = resolve(name, weights=False)
     if (found / "tokenizer.json").is_file():
         return _TokenizerFiles(found)
     return open_checkpoint(found, weights=False)

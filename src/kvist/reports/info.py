@@ -22,7 +22,7 @@ def describe(path_or_name: str, codec: str = "plain") -> dict[str, Any]:
     Returns:
         Names and values, in the order in which a person would want them.
     """
-    checkpoint = open_checkpoint(resolve(path_or_name), weights=False)
+    checkpoint = open_checkpoint(resolve(path_or_name, weights=False), weights=False)
     family = family_of(checkpoint.config)
     config = family.read(checkpoint.config)
     with torch.device("meta"):

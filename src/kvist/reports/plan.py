@@ -138,12 +138,12 @@ def plan_model(
     """
     from kvist.loading.checkpoint import open_checkpoint
     from kvist.loading.hub import resolve
-    from kvist.loading.model import _device, _dtype
+    from kvist.loading.model import pick_device, pick_dtype
     from kvist.runner.memory import available_memory
 
-    where = _device(device)
-    checkpoint = open_checkpoint(resolve(path_or_name), weights=False)
-    kind = _dtype(dtype, checkpoint.config, where)
+    where = pick_device(device)
+    checkpoint = open_checkpoint(resolve(path_or_name, weights=False), weights=False)
+    kind = pick_dtype(dtype, checkpoint.config, where)
     whole, lm = _without_weights(checkpoint)
     config = lm.config
     if layout not in LAYOUTS:
@@ -181,7 +181,8 @@ def _without_weights(checkpoint: "Checkpoint") -> tuple[nn.Module, Decoder]:
         language = None
         if name := checkpoint.config.get("lm_weights"):  # the language model lies elsewhere
             nearby = checkpoint.path / name
-            beside = open_checkpoint(nearby if nearby.exists() else resolve(name), weights=False)
+            found = nearby if nearby.exists() else resolve(name, weights=False)
+            beside = open_checkpoint(found, weights=False)
             language = family_of(beside.config).read(beside.config)
         vlm = VisionLanguageModel(read_vlm(checkpoint.config, language=language))
         return vlm, vlm.language

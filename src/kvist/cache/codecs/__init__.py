@@ -6,8 +6,18 @@ line in `CODECS` (docs/recipes/codec.md); the contract suite then tests it on ev
 """
 
 from kvist.cache.codecs.calibration import Calibration, calibrate
+from kvist.cache.codecs.layered import Layered
 from kvist.cache.codecs.plain import Plain
 from kvist.cache.codecs.quantized import Coder, Quantized
 from kvist.cache.codecs.registry import CODECS, make_codec
 
-__all__ = ["CODECS", "Calibration", "Coder", "Plain", "Quantized", "calibrate", "make_codec"]
+__all__ = [
+    "CODECS",
+    "Calibration",
+    "Coder",
+    "Layered",
+    "Plain",
+    "Quantized",
+    "calibrate",
+    "make_codec",
+]

@@ -18,22 +18,22 @@ class Layered:
     Args:
         name: the text that it was made from.
         default: for layers that are not named.
-        layers: layer -> its own codec.
+        spans: ranges of layers, none of them twice, and the codec of each.
     """
 
     name: str
     default: Codec
-    layers: dict[int, Codec]
+    spans: tuple[tuple[range, Codec], ...]
 
     @property
     def lossless(self) -> bool:
         """Whether every layer's is."""
-        return all(codec.lossless for codec in (self.default, *self.layers.values()))
+        return all(codec.lossless for codec in (self.default, *(codec for _, codec in self.spans)))
 
     @property
     def fingerprint(self) -> str:
         """That of every layer's codec."""
-        parts = [f"{layer}={codec.fingerprint}" for layer, codec in sorted(self.layers.items())]
+        parts = [f"{_text(span)}={codec.fingerprint}" for span, codec in self.spans]
         return ",".join([self.default.fingerprint, *parts])
 
     def planes(
@@ -58,8 +58,20 @@ class Layered:
         """By the layer's own codec."""
         return self._of(layer_idx).from_basis(out, layer_idx)
 
+    def check_layers(self, count: int) -> None:
+        """Raise CacheError if a layer is named that a model of `count` layers does not have."""
+        for span, _ in self.spans:
+            if span[-1] >= count:
+                raise CacheError(
+                    f"codec {self.name!r} names layer {span[-1]}, but the model has {count} layers"
+                )
+
     def _of(self, layer_idx: int) -> Codec:
-        return self.layers.get(layer_idx, self.default)
+        return next((codec for span, codec in self.spans if layer_idx in span), self.default)
+
+    def __str__(self) -> str:
+        """Its name."""
+        return self.name
 
 
 def parse_layers(text: str, make: Callable[[str], Codec]) -> Layered:
@@ -69,18 +81,25 @@ def parse_layers(text: str, make: Callable[[str], Codec]) -> Layered:
         CacheError: a part is not `layer=codec` or `first-last=codec`, or two parts name one layer.
     """
     default, *parts = text.split(",")
-    layers: dict[int, Codec] = {}
+    spans: list[tuple[range, Codec]] = []
     for part in parts:
-        span, equals, name = part.partition("=")
-        first, dash, last = span.partition("-")
-        if not equals or not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+        layers, equals, name = part.partition("=")
+        first, dash, last = (piece.strip() for piece in layers.partition("-"))
+        last = last if dash else first
+        if not (equals and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise CacheError(
                 f"codec {text!r}: {part!r} is not layer=codec or first-last=codec; "
-                "write for example int4,0-1=int8"
+                f"write for example int4,0-1=int8"
             )
-        codec = make(name.strip())
-        for layer in range(int(first), int(last if dash else first) + 1):
-            if layer in layers:
+        span = range(int(first), int(last) + 1)
+        for other, _ in spans:
+            if span.start < other.stop and other.start < span.stop:
+                layer = max(span.start, other.start)
                 raise CacheError(f"codec {text!r} names layer {layer} twice")
-            layers[layer] = codec
-    return Layered(text, make(default.strip()), layers)
+        spans.append((span, make(name.strip())))
+    spans.sort(key=lambda one: one[0].start)
+    return Layered(text, make(default.strip()), tuple(spans))
+
+
+def _text(span: range) -> str:
+    return f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}"

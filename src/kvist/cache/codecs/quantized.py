@@ -106,6 +106,7 @@ class Quantized:
 
     def to_basis(self, q: Tensor, layer_idx: int) -> Tensor:
         """Queries whose products with the keys' planes are those with the keys, less q.mean."""
+        # With y = k H and q' = q H^-1 (H symmetric): q'.y = q.k.
         return unrotate(q) if self.key.rotated else q
 
     def from_basis(self, out: Tensor, layer_idx: int) -> Tensor:

@@ -5,8 +5,9 @@ In the Hadamard basis every channel is a sum of all with signs +1 and -1, and no
 (QuaRot: Ashkboos et al., 2024). Codecs encode in this basis; kernels bring queries into it, and
 attention's output back, and never rotate the cache itself.
 
-The matrix H is left unnormalised, entries +1 and -1, so that H H = p I without a square root:
-queries get the whole factor 1/p, keys none.
+H is symmetric and has the entries +1 and -1 times a power of two, so that whole numbers stay whole:
+orthonormal for p = 4, 16, 64 ..., and otherwise short of it by a factor of two, that its inverse
+makes up for.
 """
 
 from functools import lru_cache
@@ -23,13 +24,13 @@ def block_size(head_dim: int) -> int:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """`x H` for `[..., head_dim]`, in x's own precision; H is symmetric."""
-    return _times_matrix(x, normalised=False)
+    """`x H` for `[..., head_dim]`, in x's own precision."""
+    return _times_matrix(x, inverse=False)
 
 
 def unrotate(x: Tensor) -> Tensor:
-    """`x H / p`, the inverse of `rotate`."""
-    return _times_matrix(x, normalised=True)
+    """The inverse of `rotate`; also its transpose's, so that scores are kept."""
+    return _times_matrix(x, inverse=True)
 
 
 def rotate_exactly(x: Tensor) -> Tensor:
@@ -56,9 +57,9 @@ def rotate_exactly(x: Tensor) -> Tensor:
     return rotate((x * there).round_()) * back
 
 
-def _times_matrix(x: Tensor, *, normalised: bool) -> Tensor:
+def _times_matrix(x: Tensor, *, inverse: bool) -> Tensor:
     p = block_size(x.shape[-1])
-    matrix = _hadamard(p, normalised, x.dtype, x.device)
+    matrix = _hadamard(p, inverse, x.dtype, x.device)
     if p == x.shape[-1]:
         return x @ matrix
     blocks = x.unflatten(-1, (-1, p)) @ matrix
@@ -67,9 +68,11 @@ def _times_matrix(x: Tensor, *, normalised: bool) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _hadamard(size: int, normalised: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sylvester's matrix, `[size, size]` of +1 and -1, or divided by size, a power of two."""
+def _hadamard(size: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's matrix, `[size, size]`, of entries +-1 / 2**(log2(size) / 2), or its inverse."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / size if normalised else matrix).to(dtype=dtype, device=device)
+    doublings = size.bit_length() - 1
+    halvings = doublings - doublings // 2 if inverse else doublings // 2
+    return (matrix / (1 << halvings)).to(dtype=dtype, device=device)
