@@ -9,6 +9,8 @@ from kvist.cli.options import DeviceOption, DtypeOption, DummyOption, JsonOption
 from kvist.errors import RequestError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kvist.reports.quality import Quality
 
 
@@ -33,6 +35,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    needle: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Also look for pass keys hidden in texts of so many tokens; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write quality against bytes as a PNG.", show_default=False)
     ] = None,
@@ -53,6 +63,7 @@ def command(
 
     from kvist.cache import CODECS
     from kvist.loading.model import load
+    from kvist.reports.needle import find_needles
     from kvist.reports.quality import Quality, advise, measure, sensitivity, windows_of
 
     loaded = load(model, dtype, device, dummy=dummy)
@@ -71,7 +82,7 @@ def command(
         bar = bars.add_task("measuring", total=None)
 
         def show(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=total)
+            bars.update(bar, completed=done, total=total)  # of the part that is under way
 
         found = Quality(
             model=model,
@@ -82,6 +93,9 @@ def command(
         if layers is not None:
             costs = sensitivity(loaded, parts[: max(1, min(4, len(parts)))], layers, show)
             found = replace(found, layers=tuple(costs), advice=tuple(advise(layers, costs)))
+        if needle:
+            scores = find_needles(loaded, ids, names, sorted(set(needle)), progress=show)
+            found = replace(found, needles=tuple(scores))
     if dummy:
         note = (
             "random weights have no key outliers, so these figures say nothing of a trained model"
@@ -130,5 +144,27 @@ def _print(found: "Quality") -> None:
         worst = sorted(found.layers, key=lambda one: -one.kl)[:8]
         costs = ", ".join(f"{one.layer} ({one.kl:.5f})" for one in worst)
         console.print(f"costliest layers alone, KL: {costs}")
+    if found.needles:
+        console.print(_needle_table(found))
     for sentence in found.advice:
         console.print(sentence)
+
+
+def _needle_table(found: "Quality") -> "Table":
+    """Codecs down, lengths across; in a cell how many of the keys came back, over all depths."""
+    from rich.table import Table
+
+    contexts = sorted({score.context for score in found.needles})
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("pass keys found")
+    for context in contexts:
+        table.add_column(f"{context:,} tokens", justify="right")
+    for codec in dict.fromkeys(score.codec for score in found.needles):
+        cells = []
+        for context in contexts:
+            here = [s for s in found.needles if (s.codec, s.context) == (codec, context)]
+            by_depth = " ".join(str(s.found) for s in sorted(here, key=lambda s: s.depth))
+            cells.append(f"{sum(s.found for s in here)}/{sum(s.asked for s in here)} ({by_depth})")
+        table.add_row(codec, *cells)
+    table.caption = "in brackets: by depth, from the beginning of the text to its end"
+    return table

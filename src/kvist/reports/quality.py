@@ -18,6 +18,7 @@ from kvist.cache import Batch, Codec, make_cache
 from kvist.cache.groups import bytes_per_token, group_layers
 from kvist.errors import RequestError
 from kvist.loading.model import Model
+from kvist.reports.needle import NeedleScore
 
 ROWS = 256  # rows of logits at a time: a vocabulary is wide
 
@@ -66,6 +67,7 @@ class Quality:
     windows: int
     codecs: tuple[CodecQuality, ...]
     layers: tuple[Sensitivity, ...] = ()
+    needles: tuple[NeedleScore, ...] = ()
     advice: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
