@@ -108,7 +108,8 @@ def test_nothing_is_left_to_take_back(chat: Chat) -> None:
     ("line", "error"),
     [
         ("/udno", "there is no command /udno; did you mean /undo? /help lists them"),
-        ("/image x.png", "there is no command /image; /help lists them"),
+        ("/images x.png", "there is no command /images; did you mean /image? /help lists them"),
+        ("/image x.png", "takes no pictures; it reads text alone"),
         ("/", "there is no command /; /help lists them"),
         ("/save", "/save needs FILE: /save FILE"),
         ("/reset all", "/reset takes nothing behind it, not 'all'"),
@@ -459,7 +460,7 @@ class Terminal:
         self.child = subprocess.Popen(
             [sys.executable, "-m", "kvist", "chat", TINY, *SHORT, *options],
             stdin=there, stdout=there, stderr=there, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
             preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(there)
@@ -477,6 +478,14 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
+
+    def press(self, key: str, wanted: str) -> None:
+        """Press a key until it is heeded: `input` misses a Ctrl-C while it is about to wait."""
+        while True:
+            self.type(key)
+            if select.select([self.end], [], [], 5)[0]:
+                self.until(wanted)
+                return
 
 
 @pytest.fixture
@@ -507,8 +516,7 @@ def test_on_a_terminal_one_talks_and_leaves_with_ctrl_d(
     assert "0 tokens cached" in talk.until("tok/s")
     assert "And now?" not in talk.until("tokens cached").rpartition("> ")[0]
     talk.until("> ")
-    talk.type("\x03")  # at the prompt, Ctrl-C is a hint only
-    talk.until("Ctrl-D or /exit leaves")
+    talk.press("\x03", "Ctrl-D or /exit leaves")  # at the prompt, Ctrl-C is a hint only
     talk.until("> ")
     talk.type("\x04")
     assert talk.child.wait(timeout=20) == 0

@@ -6,6 +6,7 @@ history (Qwen3 leaves out the thinking of earlier turns). It knows no terminal: 
 way to show it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,13 @@ from kvist.attention import check_backend
 from kvist.cache import Batch, Cache, Codec, KVCache, make_cache
 from kvist.chat.saved import load_chat, save_chat, saved_chat
 from kvist.core.params import SamplingParams
+from kvist.core.request import ImageSpan
 from kvist.core.results import Delta
 from kvist.core.retention import Retention
 from kvist.errors import CacheError, ContextTooLong, RequestError
 from kvist.generate import decode
+from kvist.loading.image_prompt import PreparedPrompt
+from kvist.loading.images import ImageInput, data_url
 from kvist.loading.model import Model
 from kvist.prepare import prepare
 from kvist.runner.step import StepFunction, model_step
@@ -135,6 +139,7 @@ class Conversation:
         self._template = dict(template or {})
         self._messages: list[dict[str, Any]] = []
         self._ids: tuple[int, ...] = ()
+        self._images: tuple[ImageSpan, ...] = ()  # that stand among the ids
         self._forward = step or model_step(model.lm)
         self._answering = self._stopping = False
         self.set_system(system)
@@ -164,7 +169,7 @@ class Conversation:
         self._refuse_while_answering()
         head = [] if text is None else [{"role": "system", "content": text}]
         said = self._messages[1:] if self.system is not None else self._messages
-        self._render([*head, *(said or [{"role": "user", "content": "Hello"}])])
+        self._prepare([*head, *(said or [{"role": "user", "content": "Hello"}])])
         self._messages = [*head, *said]
 
     def undo(self) -> str | None:
@@ -172,7 +177,7 @@ class Conversation:
         self._refuse_while_answering()
         for index in range(len(self._messages) - 1, -1, -1):
             if self._messages[index]["role"] == "user":
-                said = str(self._messages[index]["content"])
+                said = text_of(self._messages[index])
                 del self._messages[index:]
                 return said
         return None
@@ -186,7 +191,12 @@ class Conversation:
 
     # Answers.
 
-    def say(self, text: str, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def say(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        images: Sequence[ImageInput] = (),
+    ) -> Iterator[Delta]:
         """Say something and stream the answer.
 
         What was said and answered is kept once the stream ends, also where `stop` or closing the
@@ -196,33 +206,50 @@ class Conversation:
             text: the user's message.
             params: how to answer; None takes the model's defaults. A seed stands for the whole
                 conversation: each turn draws its own numbers from it.
+            images: pictures that the message shows: paths, bytes, data URLs or PIL images. The
+                conversation keeps them, so a file may change or go afterwards.
 
         Raises:
             ContextTooLong: there is no room for the message and an answer.
-            RequestError: a parameter makes no sense, or an answer is still under way.
+            RequestError: a parameter makes no sense, a picture cannot be read, the model takes
+                none, or an answer is still under way.
         """
         self._refuse_while_answering()
-        message = {"role": "user", "content": text}
-        rendered = self._render([*self._messages, message])
-        prompt = self.model.require_tokenizer().encode(rendered)
+        message: dict[str, Any] = {"role": "user", "content": text}
+        if images:
+            parts = [{"type": "image", "image": self.picture(image)} for image in images]
+            message["content"] = [*parts, {"type": "text", "text": text}]
+        prompt = self._prepare([*self._messages, message])
         sample = self._sample(prompt, params or SamplingParams())
-        self.starts_thinking = opens_thinking(rendered)
+        said = [{**one, "content": text_of(one)} for one in (*self._messages, message)]
+        self.starts_thinking = opens_thinking(self.model.render_chat(said, **self._template))
         self._stopping = False
         return self._answer(message, sample)
+
+    def picture(self, image: ImageInput) -> str:
+        """A picture in the form that messages keep, a data URL.
+
+        Raises:
+            RequestError: it cannot be read, or the model takes no pictures.
+        """
+        if self.model.processor is None:
+            raise RequestError(f"{self.model.name} takes no pictures; it reads text alone")
+        return data_url(image, self.model.processor.limits)
 
     def stop(self) -> None:
         """End the answer under way before its next step; may be called from a signal handler."""
         self._stopping = True
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return self.model.render_chat(messages, **self._template)
+    def _prepare(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> PreparedPrompt:
+        return self.model.prepare(messages, **self._template, **template)
 
-    def _sample(self, prompt: Sequence[int], params: SamplingParams) -> Sample:
+    def _sample(self, prepared: PreparedPrompt, params: SamplingParams) -> Sample:
         """The sample to run: one, with room in the context, and with numbers of its own."""
         if params.n > 1 or params.num_beams > 1:
             raise RequestError(
                 f"a chat gives one answer, not n={params.n}, num_beams={params.num_beams}"
             )
+        prompt = prepared.token_ids
         room = self.context - len(prompt)
         if room < max(params.min_tokens, 1):
             raise ContextTooLong(
@@ -235,16 +262,17 @@ class Conversation:
         if params.seed is not None:
             params = replace(params, seed=params.seed + len(self._messages))
         [sample] = prepare(self.model, [prompt], params)
+        sample.images = prepared.spans
         return sample
 
-    def _answer(self, message: dict[str, str], sample: Sample) -> Iterator[Delta]:
+    def _answer(self, message: dict[str, Any], sample: Sample) -> Iterator[Delta]:
         """Run the turn; however it ends, messages and ids agree with the cache afterwards."""
         self._answering = True
         prompt, output = sample.sequence.prompt_ids, sample.sequence.output_ids
         pieces: list[str] = []
         kept = True
         began = first = last = perf_counter()
-        cached, remark = self._rewind(prompt)
+        cached, remark = self._rewind(prompt, sample.images)
         try:
             for _ in decode(
                 self.model,
@@ -272,6 +300,7 @@ class Conversation:
         finally:
             self._answering = False
             self._ids = (*prompt, *output[:-1])  # the last token is sampled, but not written
+            self._images = sample.images
             answer = "".join(pieces)
             if kept and (answer.strip() or sample.finish_reason):
                 answer = _with_thought_closed(answer, self.starts_thinking)
@@ -309,8 +338,7 @@ class Conversation:
         """Tokens of the context that the messages so far take."""
         if not any(message["role"] == "user" for message in self._messages):
             return 0
-        text = self.model.render_chat(self._messages, add_generation_prompt=False, **self._template)
-        return len(self.model.require_tokenizer().encode(text))
+        return len(self._prepare(self._messages, add_generation_prompt=False).token_ids)
 
     def save(self, path: Path) -> None:
         """Write messages, tokens and cache to one file, from which `restore` goes on.
@@ -345,16 +373,18 @@ class Conversation:
         try:
             self._cache = self._empty_cache()
             load_chat(path, self.model, self._cache)
+            images = self._prepare(saved.messages).spans if saved.messages else ()
         except BaseException:
             self.codec, self.layout, self.retention, self._cache = before
             raise
         self._messages, self._ids, self.turn = list(saved.messages), saved.token_ids, None
+        self._images = images
 
     def _refuse_while_answering(self) -> None:
         if self._answering:
             raise RequestError("an answer is still under way; let it end, or close its stream")
 
-    def _rewind(self, prompt: Sequence[int]) -> tuple[int, str]:
+    def _rewind(self, prompt: Sequence[int], images: Sequence[ImageSpan]) -> tuple[int, str]:
         """Go back to what the cache and the prompt have in common, but for the prompt's last token.
 
         That one is always computed: its logits choose the answer's first token.
@@ -364,6 +394,7 @@ class Conversation:
         """
         held = self._cache.lengths[0]
         common = min(_common_prefix(self.cached_ids, prompt), len(prompt) - 1)
+        common = min(common, _first_difference(self._images, images))
         if common < held:
             try:
                 self._cache.crop(common)
@@ -374,7 +405,7 @@ class Conversation:
 
     def _forget(self) -> None:
         """An empty cache instead of this one."""
-        self._cache, self._ids = self._empty_cache(), ()
+        self._cache, self._ids, self._images = self._empty_cache(), (), ()
 
     def _empty_cache(self) -> Cache:
         return make_cache(
@@ -392,6 +423,20 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
+def _first_difference(ours: Sequence[ImageSpan], theirs: Sequence[ImageSpan]) -> int:
+    """The first position where one has a picture and the other none, or another one."""
+    left, right = ({(s.start, s.length, s.digest) for s in spans} for spans in (ours, theirs))
+    return min((start for start, _, _ in left ^ right), default=sys.maxsize)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a message says, pictures left out."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _with_thought_closed(answer: str, inside: bool) -> str:

@@ -51,6 +51,7 @@ class Repl:
         self._screen = screen
         self._figures = figures
         self._leaving = False
+        self._pictures: list[str] = []  # for the next message, as data URLs
         commands = (
             Command("help", "", "show this", self._help),
             Command("stats", "", "what the last turn took, and what the cache holds", self._stats),
@@ -58,6 +59,7 @@ class Repl:
             Command("reset", "", "begin anew, with the same system message", self._reset),
             Command("system", "[TEXT]", "show the system message, or set it (- takes it away)",
                     self._system),
+            Command("image", "PATH", "show a picture with the next message", self._image),
             Command("save", "FILE", "write the conversation and its cache", self.save),
             Command("load", "FILE", "go on with a conversation that was saved", self.load),
             Command("exit", "", "leave, like Ctrl-D", self._exit),
@@ -91,7 +93,8 @@ class Repl:
     def _say(self, text: str) -> None:
         conversation, screen = self._conversation, self._screen
         said = len(conversation.messages)
-        stream = conversation.say(text, self._params)
+        stream = conversation.say(text, self._params, self._pictures)
+        self._pictures = []
         parser = ThinkingParser(inside=conversation.starts_thinking)
         with _interrupts_to(conversation.stop), _without_echo():
             screen.working("reading")
@@ -158,7 +161,14 @@ class Repl:
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()
+        self._pictures = []
         self._screen.note("a new conversation")
+
+    def _image(self, file: str) -> None:
+        self._pictures.append(self._conversation.picture(Path(file).expanduser()))
+        count = len(self._pictures)
+        pictures = "a picture goes" if count == 1 else f"{count} pictures go"
+        self._screen.note(f"{pictures} with your next message")
 
     def _system(self, text: str) -> None:
         if text:

@@ -31,6 +31,7 @@ __all__ = [
     "ImageLimits",
     "Tiles",
     "Tiling",
+    "data_url",
     "digest_of",
     "open_image",
     "tile_image",
@@ -136,6 +137,24 @@ def open_image(source: ImageInput, limits: ImageLimits = DEFAULT_LIMITS) -> "Ima
     with opened:
         _check_pixels(name, opened.size, limits)
         return _decode(name, opened)
+
+
+def data_url(source: ImageInput, limits: ImageLimits = DEFAULT_LIMITS) -> str:
+    """A picture as text that needs no file beside it, once it is sure that it can be read.
+
+    Raises:
+        RequestError, MissingDependency: as `open_image`.
+    """
+    opened = open_image(source, limits)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return source
+    if not isinstance(source, str | Path | bytes | bytearray | memoryview):
+        buffer = io.BytesIO()
+        opened.save(buffer, format="PNG")
+        data = buffer.getvalue()
+    else:
+        _, data = _read(source, limits)
+    return f"data:image/*;base64,{base64.b64encode(data).decode()}"
 
 
 def _read(source: ImageInput, limits: ImageLimits) -> tuple[str, bytes]:
