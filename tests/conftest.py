@@ -62,5 +62,5 @@ def copy_of(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> kvist.Model:
-    """SmolLM2-135M-Instruct; tests that ask for it are marked `smollm2`."""
-    return kvist.load(SMOLLM2)
+    """SmolLM2-135M-Instruct, dequantised; tests that ask for it are marked `smollm2`."""
+    return kvist.load(SMOLLM2, executor="reference")

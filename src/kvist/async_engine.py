@@ -61,6 +61,7 @@ class AsyncLLM:
         model: a `kvist.Model`, or what `kvist.load` takes.
         dtype: as in `kvist.load`.
         device: as in `kvist.load`.
+        executor: as in `kvist.load`.
         options: the fields of `EngineConfig`.
     """
 
@@ -70,11 +71,14 @@ class AsyncLLM:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        executor: str = "auto",
         **options: Any,
     ) -> None:
         """Load the model if need be, allocate the cache, start the engine's thread."""
         config = EngineConfig(**options)  # first: a wrong option costs no loading
-        self.model = model if isinstance(model, Model) else load(model, dtype, device)
+        if not isinstance(model, Model):
+            model = load(model, dtype, device, executor=executor)
+        self.model = model
         self._engine = Engine(self.model, config)
         self._desk = Desk(self._engine)
         self._streams: dict[str, _Stream] = {}

@@ -26,6 +26,7 @@ from kvist.core.scheduler import ContinuousScheduler
 from kvist.core.tables import CacheGroup
 from kvist.errors import ConfigError
 from kvist.loading.model import Model
+from kvist.runner.executors import choose_step
 from kvist.runner.memory import available_memory
 from kvist.runner.runner import PagedRunner
 from kvist.runner.step import StepFunction
@@ -81,7 +82,7 @@ class Engine:
     Args:
         model: from `kvist.load`.
         config: sizes and choices.
-        step: a drop-in for the model's own forward.
+        step: what computes a step; None takes the model's executor.
         mask_of: an allowed-token mask by its handle, for grammars.
     """
 
@@ -126,7 +127,8 @@ class Engine:
             CacheGroup(group.spec, num_blocks=n, host_blocks=h)
             for group, n, h in zip(groups, blocks, host, strict=True)
         ]
-        self._step, self._mask_of = step, mask_of
+        self._step = step or choose_step(model.executor, model, self.pool)
+        self._mask_of = mask_of
         overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
         self._depth = 2 if overlap else 1
         self._open_books()
@@ -153,7 +155,7 @@ class Engine:
             drafter=prompt_lookup if config.speculate else None,
         )
         self.runner = PagedRunner(
-            model.lm,
+            model.decoder,
             self.pool,
             vocab_size=model.config.vocab_size,
             step=self._step,

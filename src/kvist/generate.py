@@ -24,9 +24,10 @@ from kvist.errors import RequestError
 from kvist.loading.model import Model, Prompt
 from kvist.prepare import prepare
 from kvist.runner.encoder_cache import with_images
+from kvist.runner.executors import choose_step
 from kvist.runner.follow import Guessed, follow
 from kvist.runner.sampler import Sampler, check_finite, logprobs_of
-from kvist.runner.step import StepFunction, model_step
+from kvist.runner.step import StepFunction
 from kvist.sample import Sample
 
 DEFAULT_CHUNK = 2048
@@ -63,7 +64,7 @@ def generate(
         use_cache: False computes everything anew for each token, to see what a cache is worth.
         speculate: guess up to this many tokens a step from what the sequence said before, and
             check them all in one forward; the tokens are the same, only sooner.
-        step: a drop-in for the model's own forward.
+        step: what computes a step; None takes the model's executor.
 
     Returns:
         One result for each prompt, in order; n of them where a prompt asks for n samples.
@@ -132,7 +133,7 @@ def decode(
 
     `cache` has one row for each prompt, and may hold the beginning of it already.
     """
-    step = step or model_step(model.lm)
+    step = step or choose_step(model.executor, model)
     backend = check_backend(attention)
     sampler = Sampler(model.config.vocab_size, model.device)
     for sample in samples:
@@ -143,7 +144,7 @@ def decode(
     ) -> tuple[Batch, Tensor]:
         batch = Batch.pack(tokens, cache.lengths, device=model.device, logits=logits)
         if model.images is not None:
-            batch = with_images(batch, model.lm, [row.images for row in rows], model.images)
+            batch = with_images(batch, model.decoder, [row.images for row in rows], model.images)
         scores = step(batch, cache.bind(batch, backend=backend))
         cache.commit(batch)  # only a step that went through counts
         return batch, scores

@@ -29,6 +29,7 @@ class LLM:
         model: a `kvist.Model`, or what `kvist.load` takes.
         dtype: as in `kvist.load`.
         device: as in `kvist.load`.
+        executor: as in `kvist.load`.
         options: the fields of `EngineConfig` (codec, block_size, max_batch_tokens, cache_memory,
             prefix_cache, …).
     """
@@ -39,11 +40,14 @@ class LLM:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        executor: str = "auto",
         **options: Any,
     ) -> None:
         """Load the model if need be, and allocate the cache."""
         config = EngineConfig(**options)  # first: a wrong option costs no loading
-        self.model = model if isinstance(model, Model) else load(model, dtype, device)
+        if not isinstance(model, Model):
+            model = load(model, dtype, device, executor=executor)
+        self.model = model
         self.engine = Engine(self.model, config)
         self._desk = Desk(self.engine)
         self._ids = count()

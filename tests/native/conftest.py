@@ -33,7 +33,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ope
             path = write_gguf(
                 folder / f"{family}-{quantisation}.gguf", SHAPES[family], quantisation
             )
-            made[key] = kvist.load(path), open_checkpoint(path)
+            made[key] = kvist.load(path, executor="reference"), open_checkpoint(path)
         return made[key]
 
     return open_one

@@ -22,8 +22,9 @@ Opened = Callable[..., tuple[kvist.Model, object]]
 
 def make_step(opened: Opened, *model: str, **options: object) -> NativeStep:
     """A step for this model; skips where the processor has not what is asked for."""
+    loaded, checkpoint = opened(*model)
     try:
-        return native_step(*opened(*model), **options)  # type: ignore[arg-type]
+        return native_step(loaded.config, checkpoint, **options)  # type: ignore[arg-type]
     except NotSupported as error:
         if "this processor" in str(error):
             pytest.skip(str(error))
@@ -214,4 +215,4 @@ def test_a_token_outside_the_vocabulary_is_refused(opened: Opened) -> None:
 
 def test_an_unquantised_file_is_refused(opened: Opened) -> None:
     with pytest.raises(NotSupported, match="unquantised"):
-        native_step(*opened("llama", "F32"))  # type: ignore[arg-type]
+        make_step(opened, "llama", "F32")

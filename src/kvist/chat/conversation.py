@@ -28,7 +28,8 @@ from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.images import ImageInput, data_url
 from kvist.loading.model import Model
 from kvist.prepare import prepare
-from kvist.runner.step import StepFunction, model_step
+from kvist.runner.executors import choose_step
+from kvist.runner.step import StepFunction
 from kvist.sample import Sample
 from kvist.text.thinking import CLOSE, ThinkingParser, opens_thinking
 
@@ -115,7 +116,7 @@ class Conversation:
             context: tokens at most; the model's own limit by default.
             attention: a backend's name, or "auto".
             speculate: tokens to guess at each step from what was said before.
-            step: a drop-in for the model's own forward.
+            step: what computes a step; None takes the model's executor.
             template: variables of the chat template, such as `{"enable_thinking": False}`.
 
         Raises:
@@ -140,7 +141,7 @@ class Conversation:
         self._messages: list[dict[str, Any]] = []
         self._ids: tuple[int, ...] = ()
         self._images: tuple[ImageSpan, ...] = ()  # that stand among the ids
-        self._forward = step or model_step(model.lm)
+        self._forward = step or choose_step(model.executor, model)
         self._answering = self._stopping = False
         self.set_system(system)
         self._cache = self._empty_cache()

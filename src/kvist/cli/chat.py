@@ -12,6 +12,7 @@ from kvist.cli.options import (
     DeviceOption,
     DtypeOption,
     DummyOption,
+    ExactOption,
     GreedyOption,
     MinPOption,
     ModelArgument,
@@ -88,6 +89,7 @@ def command(
     attention: Annotated[str, typer.Option(help="auto, sdpa, reference …")] = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    exact: ExactOption = False,
     dummy: DummyOption = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No figures after each answer.")
@@ -123,7 +125,8 @@ def command(
     most = None if context is None else parse_tokens(context)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with _loading(model) if interactive else nullcontext():
-        loaded = load(model, dtype, device, dummy=dummy)
+        executor = "reference" if exact else "auto"
+        loaded = load(model, dtype, device, executor=executor, dummy=dummy)
     conversation = Conversation(
         loaded,
         codec,

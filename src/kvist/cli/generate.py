@@ -11,6 +11,7 @@ from kvist.cli.options import (
     DeviceOption,
     DtypeOption,
     DummyOption,
+    ExactOption,
     JsonOption,
     ModelArgument,
     SinksOption,
@@ -123,6 +124,7 @@ def command(
     ] = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    exact: ExactOption = False,
     dummy: DummyOption = False,
     json: JsonOption = False,
     quiet: Annotated[
@@ -146,7 +148,8 @@ def command(
     from kvist.loading.model import load
     from kvist.prepare import prepare
 
-    loaded = load(model, dtype, device, dummy=dummy)
+    executor = "reference" if exact else "auto"
+    loaded = load(model, dtype, device, executor=executor, dummy=dummy)
     params = SamplingParams(
         temperature=0.0 if greedy else temperature,
         top_k=top_k,

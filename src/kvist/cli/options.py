@@ -17,6 +17,14 @@ DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: the first GPU.")]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="The model's own forward, quantised weights as the file says to the bit: no native "
+        "code with activations in 8 bits.",
+    ),
+]
 DummyOption = Annotated[
     bool, typer.Option("--dummy", help="Random weights from config.json alone.")
 ]

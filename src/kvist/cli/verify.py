@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.cli.options import DeviceOption, DummyOption, JsonOption, ModelArgument
+from kvist.cli.options import DeviceOption, DummyOption, ExactOption, JsonOption, ModelArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +27,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the prompts and their neighbours.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 has the least noise.")] = "float32",
     device: DeviceOption = "auto",
+    exact: ExactOption = False,
     dummy: DummyOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -38,7 +39,8 @@ def command(
     from kvist.loading.model import load
     from kvist.reports.verify import verify
 
-    loaded = load(model, dtype, device, dummy=dummy)
+    executor = "reference" if exact else "auto"
+    loaded = load(model, dtype, device, executor=executor, dummy=dummy)
     checks = verify(loaded, new_tokens=tokens, seed=seed, codecs=[] if lossless else codec)
     if json:
         from json import dumps

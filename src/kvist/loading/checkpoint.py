@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvist.errors import CheckpointError, NotSupported
 
-__all__ = ["Checkpoint", "load_into", "open_checkpoint", "random_weights"]
+__all__ = ["Checkpoint", "check_fit", "load_into", "open_checkpoint", "random_weights"]
 
 
 class Checkpoint(Protocol):
@@ -161,9 +161,9 @@ def load_into(
         method = checkpoint.config["quantization_config"]
         method = method.get("quant_method", method) if isinstance(method, dict) else method
         raise NotSupported(f"{checkpoint.path}: weights quantised with {method!r}")
+    check_fit(module, checkpoint, ignore=ignore)
     slots = _slots(module)
     available = checkpoint.names()
-    _check_fit(slots, checkpoint, ignore)
     sources = {id(slot): [name for name in slot.names if name in available] for slot in slots}
     for slot in slots:
         _check_tied(sources[id(slot)], checkpoint)
@@ -173,9 +173,18 @@ def load_into(
         slot.fill(module, checkpoint.tensor(source, dtype=wanted, device=device))
 
 
-def _check_fit(
-    slots: Sequence[_Slot], checkpoint: Checkpoint, ignore: Callable[[str], bool]
+def check_fit(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
+    """Compare all names and shapes, without reading a weight; arguments as in `load_into`.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape.
+    """
+    slots = _slots(module)
     available = checkpoint.names()
     known = {name for slot in slots for name in slot.names}
     missing = [slot.names[0] for slot in slots if not available.intersection(slot.names)]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvist.loading.checkpoint import Checkpoint
     from kvist.loading.image_prompt import ImageProcessor, PreparedPrompt
     from kvist.models.nanovlm import VisionLanguageModel
+    from kvist.native import NativeStep
     from kvist.runner.encoder_cache import EncodedImages
     from kvist.text.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class Model:
 
     Args:
         name: what it was loaded as.
-        lm: the model itself, in evaluation mode.
+        decoder: the model itself, in evaluation mode; use `lm`, which sees that it has its weights.
         tokenizer: None where the checkpoint has none; prompts are then token ids.
         generation_config: the model's defaults for sampling.
         dtype: of its weights and activations.
@@ -52,10 +53,13 @@ class Model:
         vision: of a vision-language model, the whole of it; `lm` is its language model.
         processor: turns prompts with pictures into tokens and spans.
         images: encoded pictures by their content, bounded in bytes.
+        executor: what computes its steps, a name in `kvist.runner.executors.EXECUTORS`.
+        native: its step in native code; the weights are packed there as they were quantised.
+        unread: the file that the decoder's own weights are still in, if they are not read yet.
     """
 
     name: str
-    lm: Decoder
+    decoder: Decoder
     tokenizer: "Tokenizer | None"
     dtype: torch.dtype
     device: torch.device
@@ -63,16 +67,29 @@ class Model:
     vision: "VisionLanguageModel | None" = None
     processor: "ImageProcessor | None" = None
     images: "EncodedImages | None" = None
+    executor: str = "auto"
+    native: "NativeStep | None" = None
+    unread: "Checkpoint | None" = field(default=None, repr=False)
+
+    @cached_property
+    def lm(self) -> Decoder:
+        """The decoder with its weights.
+
+        A native step does without them, so they stay in the file until somebody asks here.
+        """
+        if self.unread is not None:
+            _fill(self.decoder, self.unread, self.dtype, self.device)
+        return self.decoder
 
     @property
     def config(self) -> DecoderConfig:
         """The decoder's configuration."""
-        return self.lm.config
+        return self.decoder.config
 
     @property
     def specs(self) -> tuple[LayerSpec, ...]:
         """What each layer's cache must hold."""
-        return self.lm.specs
+        return self.decoder.specs
 
     @property
     def max_length(self) -> int:
@@ -95,6 +112,10 @@ class Model:
         prefix of the one serves the other.
         """
         digest = hashlib.sha256(f"{self.config} {self.dtype}".encode())
+        if self.native is not None:
+            # Rounded activations compute other keys than the same weights in float32 do.
+            digest.update(self.native.fingerprint.encode())
+            return digest.hexdigest()[:32]
         for name, weight in self.lm.named_parameters():
             flat = weight.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
@@ -187,6 +208,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     *,
+    executor: str = "auto",
     dummy: bool = False,
     seed: int = 0,
 ) -> Model:
@@ -198,6 +220,10 @@ def load(
         dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU, where narrower types
             are slower; or "float32", "bfloat16", "float16".
         device: "auto" is the first GPU, else the CPU.
+        executor: what computes its steps. "auto" takes the fastest there is: on a CPU, 4- and 8-bit
+            GGUF weights stay as they are and go to native code, which rounds activations to 8 bits.
+            "reference" is the model's own forward with those weights dequantised, to the bit what
+            the file says; further names in `kvist.runner.executors.EXECUTORS`.
         dummy: random weights from the configuration alone; nothing but config.json is read.
         seed: of the random weights.
 
@@ -206,7 +232,7 @@ def load(
         ConfigError, NotSupported: its configuration is damaged, or not one that kvist runs.
         CheckpointError: its weights are damaged or do not fit the configuration.
     """
-    from kvist.loading.checkpoint import load_into, open_checkpoint, random_weights
+    from kvist.loading.checkpoint import open_checkpoint, random_weights
     from kvist.loading.hub import resolve
     from kvist.models.nanovlm import is_nanovlm
     from kvist.text.tokenizer import find_tokenizer
@@ -219,18 +245,65 @@ def load(
     family = family_of(checkpoint.config)
     with torch.device("meta"):
         lm = family.build(family.read(checkpoint.config))
+    lm.eval().requires_grad_(False)
+    native = None if dummy else _native(executor, lm, checkpoint, kind, where)
     if dummy:
         random_weights(lm, dtype=kind, device=where, seed=seed)
-    else:
-        load_into(lm, checkpoint, dtype=kind, device=where, ignore=_ignorable)
+    elif native is None:
+        _fill(lm, checkpoint, kind, where)
     return Model(
         name=str(path_or_name),
-        lm=lm.eval().requires_grad_(False),
+        decoder=lm,
         tokenizer=find_tokenizer(checkpoint),
         dtype=kind,
         device=where,
         generation_config=checkpoint.generation_config,
+        executor=executor,
+        native=native,
+        unread=None if native is None else checkpoint,
     )
+
+
+def _fill(lm: Decoder, checkpoint: "Checkpoint", dtype: torch.dtype, device: torch.device) -> None:
+    """Read a decoder's weights; where that breaks off, it may be done again."""
+    from kvist.loading.checkpoint import load_into
+
+    load_into(lm, checkpoint, dtype=dtype, device=device, ignore=_ignorable)
+    lm.requires_grad_(False)
+
+
+def _native(
+    executor: str,
+    lm: Decoder,
+    checkpoint: "Checkpoint",
+    dtype: torch.dtype,
+    device: torch.device,
+) -> "NativeStep | None":
+    """The model's step in native code; None where another executor is to run it.
+
+    Raises:
+        NotSupported: it was asked for by name and cannot run this; says why.
+    """
+    from kvist.loading.checkpoint import check_fit
+    from kvist.loading.gguf import GGUFCheckpoint
+    from kvist.native import native_step
+    from kvist.runner.executors import EXECUTORS
+
+    if executor not in EXECUTORS:
+        raise ConfigError(f"no executor {executor!r}; there are: {', '.join(EXECUTORS)}")
+    if executor not in ("auto", "native"):
+        return None
+    try:
+        if device.type != "cpu" or dtype != torch.float32:
+            raise NotSupported(f"native code computes in float32 on a CPU, not {dtype} on {device}")
+        if not isinstance(checkpoint, GGUFCheckpoint):
+            raise NotSupported(f"{checkpoint.path}: native code runs quantised GGUF files only")
+        check_fit(lm, checkpoint, ignore=_ignorable)
+        return native_step(lm.config, checkpoint)
+    except NotSupported:
+        if executor == "native":
+            raise
+        return None
 
 
 def _load_vision(
@@ -249,7 +322,7 @@ def _load_vision(
     loaded = load_nanovlm(checkpoint, dtype=dtype, device=device, dummy=dummy, seed=seed)
     return Model(
         name=name,
-        lm=loaded.model.language,
+        decoder=loaded.model.language,
         tokenizer=loaded.tokenizer,
         dtype=dtype,
         device=device,

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from kvist.cache import Batch, KVCache
 from kvist.errors import ConfigError, KvistError, NotSupported, RequestError
-from kvist.loading.checkpoint import Checkpoint
-from kvist.loading.model import Model
+from kvist.models.config import DecoderConfig
 from kvist.native.library import StepInput, library
 from kvist.native.planes import bound_planes
-from kvist.native.weights import PackedModel, pack_model
+from kvist.native.weights import PackedModel, QuantizedWeights, pack_model
 
 __all__ = ["NativeStep", "native_step"]
 
@@ -27,27 +26,23 @@ BAD_TOKEN = 2  # what `kvist_step` returns for it
 
 
 def native_step(
-    model: Model,
-    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    checkpoint: QuantizedWeights,
     *,
     threads: int | None = None,
     isa: str | None = None,
 ) -> "NativeStep":
-    """A step function that runs a GGUF's quantised weights in the compiled library.
-
-    The model's own weights are not read, so they need not be loaded.
+    """A step function that runs quantised weights in the compiled library.
 
     Args:
-        model: whose configuration, dtype and device count.
-        checkpoint: the GGUF that it came from; its embedding stays mapped.
+        config: of the model.
+        checkpoint: its weights, in blocks; the embedding stays mapped.
         threads: None takes a core each, or fewer where torch was told to use fewer.
         isa: "portable", "avx2", "avx512" or "amx"; None takes the best that this processor has.
 
     Raises:
-        NotSupported: no library, or a model, format or device that it does not run.
+        NotSupported: no library, or a model or format that it does not run.
     """
-    if model.device.type != "cpu":
-        raise NotSupported(f"the native executor runs on the CPU, not on {model.device}")
     cores = physical_cores()
     if threads is None:
         threads = min(torch.get_num_threads(), len(cores))
@@ -55,7 +50,7 @@ def native_step(
         raise ConfigError(f"threads is {threads}; the native executor takes 1 to 64")
     # Bound to cores only if it has them all: other programs would be bound to the same ones.
     cpus = cores if threads == len(cores) > 1 else []
-    return NativeStep(pack_model(model.config, checkpoint, threads=threads, cpus=cpus, isa=isa))
+    return NativeStep(pack_model(config, checkpoint, threads=threads, cpus=cpus, isa=isa))
 
 
 class NativeStep:
@@ -65,6 +60,11 @@ class NativeStep:
         """See `native_step`."""
         self.packed = packed
         self._lock = Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights and the arithmetic."""
+        return f"native, 8-bit activations, {self.packed.digest}"
 
     def __repr__(self) -> str:
         """Instruction set and threads."""

@@ -56,6 +56,9 @@ def bound_planes(cache: KVCache) -> tuple[Batch, BoundPlanes]:
     Raises:
         NotSupported: a layout, codec or retention that the executor does not read in place.
     """
+    named = getattr(cache, "backend", None)
+    if named is not None:
+        raise NotSupported(f"the native executor has its own attention, not {named!r}")
     if isinstance(cache, DenseBinding):
         return cache.batch, _dense(cache)
     if isinstance(cache, PagedBinding):

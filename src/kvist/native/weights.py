@@ -10,18 +10,19 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvist.errors import KvistError, NotSupported
-from kvist.loading.checkpoint import Checkpoint
-from kvist.loading.gguf import GGUFCheckpoint, QuantizedTensor
 from kvist.models.config import DecoderConfig
 from kvist.models.rope import rope_frequencies
 from kvist.native.library import Shape, isa_bytes, library
 
-__all__ = ["PackedModel", "pack_model"]
+__all__ = ["PackedModel", "QuantizedWeights", "pack_model"]
 
 # ggml's name -> (the library's `Stored`, its `Kind`).
 STORED = {"Q4_0": (0, 0), "Q4_1": (1, 0), "Q8_0": (2, 1)}
@@ -41,6 +42,36 @@ _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _EMBEDDING = "model.embed_tokens.weight"
 
 
+class Blocks(Protocol):
+    """A matrix as it was quantised; `kvist.loading.gguf.QuantizedTensor` is one."""
+
+    @property
+    def type(self) -> str:
+        """Its name in ggml, such as "Q4_1"."""
+
+    @property
+    def data(self) -> Tensor:
+        """Uint8 `[rows, bytes per row]`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(rows, columns)` of the matrix that it stands for."""
+
+
+class QuantizedWeights(Protocol):
+    """Where weights come from; `kvist.loading.gguf.GGUFCheckpoint` is such a place."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    def quantized(self, name: str) -> Blocks | None:
+        """A matrix's blocks, None where it is stored in floats."""
+
+    def tensor(self, name: str, *, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor in floats."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedModel:
     """Weights in the library, with the threads that work on them; freed with this object.
@@ -51,6 +82,7 @@ class PackedModel:
         padded_vocab: columns of its logits; those behind the vocabulary mean nothing.
         threads: that work on a step.
         pid: the process that they live in; a fork has none of them.
+        digest: names the weights, by a sample of each.
     """
 
     config: DecoderConfig
@@ -58,6 +90,7 @@ class PackedModel:
     padded_vocab: int
     threads: int
     pid: int
+    digest: str
     _kept: list[Tensor] = field(default_factory=list, repr=False)
     """Memory that the library reads and does not own: the embedding's rows."""
 
@@ -70,7 +103,7 @@ class PackedModel:
 
 def pack_model(
     config: DecoderConfig,
-    checkpoint: Checkpoint,
+    checkpoint: QuantizedWeights,
     *,
     threads: int,
     cpus: Sequence[int] = (),
@@ -80,7 +113,7 @@ def pack_model(
 
     Args:
         config: of the model that it is a checkpoint of.
-        checkpoint: a GGUF with Q4_0, Q4_1 or Q8_0 matrices.
+        checkpoint: has Q4_0, Q4_1 or Q8_0 matrices.
         threads: that a step runs on.
         cpus: a core for each thread to be bound to during a step; empty leaves it to the system.
         isa: an instruction set by name; None takes the best.
@@ -88,10 +121,6 @@ def pack_model(
     Raises:
         NotSupported: another format or family, or sizes that the kernels do not run.
     """
-    if not isinstance(checkpoint, GGUFCheckpoint):
-        raise NotSupported(
-            f"{checkpoint.path}: the native executor runs quantised GGUF files; this is none"
-        )
     check_config(config)
     loaded = library()
     matrices = [
@@ -116,7 +145,12 @@ def pack_model(
     handle = loaded.kvist_model_new(shape, isa_bytes(isa), threads, cores, len(cpus))
     if not handle:
         raise NotSupported(f"this processor cannot run the kernels for {isa or 'any processor'}")
-    model = PackedModel(config, handle, -(-config.vocab_size // 16) * 16, threads, os.getpid())
+    digest = sha256()
+    for matrix in (*(matrix for layer in matrices for matrix in layer), head):
+        flat = matrix.data.reshape(-1)
+        digest.update(bytes(flat[:: max(1, flat.numel() // 64)].tolist()))
+    padded = -(-config.vocab_size // 16) * 16
+    model = PackedModel(config, handle, padded, threads, os.getpid(), digest.hexdigest())
     weakref.finalize(model, _free, handle, model.pid)
     kinds = [STORED[matrix.type][1] for layer in matrices for matrix in layer]
     if loaded.kvist_model_lay_out(
@@ -170,7 +204,7 @@ def check_config(config: DecoderConfig) -> None:
             raise NotSupported(f"the native executor does not run {what}")
 
 
-def _quantized(checkpoint: GGUFCheckpoint, name: str) -> QuantizedTensor:
+def _quantized(checkpoint: QuantizedWeights, name: str) -> Blocks:
     matrix = checkpoint.quantized(name)
     if matrix is None or matrix.type not in STORED:
         kind = "unquantised" if matrix is None else matrix.type
@@ -180,7 +214,7 @@ def _quantized(checkpoint: GGUFCheckpoint, name: str) -> QuantizedTensor:
     return matrix
 
 
-def _pack(handle: int, layer: int, slot: int, matrix: QuantizedTensor, file_bytes: int) -> None:
+def _pack(handle: int, layer: int, slot: int, matrix: Blocks, file_bytes: int) -> None:
     data = matrix.data.contiguous()
     library().kvist_model_pack(
         handle, layer, slot, STORED[matrix.type][0], data.data_ptr(), matrix.shape[0]
@@ -196,7 +230,7 @@ def _vector(handle: int, layer: int, slot: int, values: Tensor) -> None:
     library().kvist_model_vector(handle, layer, slot, values.data_ptr(), values.numel())
 
 
-def _embedding(model: PackedModel, checkpoint: GGUFCheckpoint) -> None:
+def _embedding(model: PackedModel, checkpoint: QuantizedWeights) -> None:
     """Rows are looked up in the mapped file itself: a step needs a few of its pages."""
     quantized = checkpoint.quantized(_EMBEDDING)
     if quantized is not None and quantized.type in STORED:
