@@ -9,6 +9,7 @@ import typer
 from kvist.cli.options import (
     CacheOption,
     CodecOption,
+    DeterministicOption,
     DeviceOption,
     DtypeOption,
     DummyOption,
@@ -23,6 +24,7 @@ from kvist.cli.options import (
     TopKOption,
     TopPOption,
     WindowOption,
+    executor_name,
 )
 from kvist.errors import RequestError
 
@@ -90,6 +92,7 @@ def command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     exact: ExactOption = False,
+    deterministic: DeterministicOption = False,
     dummy: DummyOption = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No figures after each answer.")
@@ -125,7 +128,7 @@ def command(
     most = None if context is None else parse_tokens(context)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with _loading(model) if interactive else nullcontext():
-        executor = "reference" if exact else "auto"
+        executor = executor_name(exact=exact, deterministic=deterministic)
         loaded = load(model, dtype, device, executor=executor, dummy=dummy)
     conversation = Conversation(
         loaded,

@@ -8,6 +8,7 @@ import typer
 from kvist.cli.options import (
     CacheOption,
     CodecOption,
+    DeterministicOption,
     DeviceOption,
     DtypeOption,
     DummyOption,
@@ -16,6 +17,7 @@ from kvist.cli.options import (
     ModelArgument,
     SinksOption,
     WindowOption,
+    executor_name,
 )
 from kvist.errors import RequestError
 
@@ -125,6 +127,7 @@ def command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     exact: ExactOption = False,
+    deterministic: DeterministicOption = False,
     dummy: DummyOption = False,
     json: JsonOption = False,
     quiet: Annotated[
@@ -148,7 +151,7 @@ def command(
     from kvist.loading.model import load
     from kvist.prepare import prepare
 
-    executor = "reference" if exact else "auto"
+    executor = executor_name(exact=exact, deterministic=deterministic)
     loaded = load(model, dtype, device, executor=executor, dummy=dummy)
     params = SamplingParams(
         temperature=0.0 if greedy else temperature,

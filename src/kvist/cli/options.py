@@ -25,6 +25,13 @@ ExactOption = Annotated[
         "code with activations in 8 bits.",
     ),
 ]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same bits for a token in any batch and chunk; slower.",
+    ),
+]
 DummyOption = Annotated[
     bool, typer.Option("--dummy", help="Random weights from config.json alone.")
 ]
@@ -74,3 +81,10 @@ RepetitionPenaltyOption = Annotated[
 SeedOption = Annotated[
     int | None, typer.Option(show_default="a fresh one", rich_help_panel=SAMPLING)
 ]
+
+
+def executor_name(*, exact: bool, deterministic: bool = False) -> str:
+    """What `kvist.load` is asked for; equal bits are exact, too."""
+    if deterministic:
+        return "deterministic"
+    return "reference" if exact else "auto"

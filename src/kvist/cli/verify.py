@@ -4,12 +4,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvist.cli.options import DeviceOption, DummyOption, ExactOption, JsonOption, ModelArgument
+from kvist.cli.options import (
+    DeterministicOption,
+    DeviceOption,
+    DummyOption,
+    ExactOption,
+    JsonOption,
+    ModelArgument,
+    executor_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvist.reports.verify import Check
+    from kvist.reports.verify import Check, Cost
 
 
 def command(
@@ -28,6 +36,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="float32 has the least noise.")] = "float32",
     device: DeviceOption = "auto",
     exact: ExactOption = False,
+    deterministic: DeterministicOption = False,
     dummy: DummyOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -35,11 +44,12 @@ def command(
 
     The readable loop is compared with every other way: layouts, chunk sizes, batches, the engine
     cold and warm, preempted, through the host tier. Exit status 1 if a lossless path diverges.
+    With --deterministic all of them must give the same bits, and what that costs is shown.
     """
     from kvist.loading.model import load
-    from kvist.reports.verify import verify
+    from kvist.reports.verify import cost, verify
 
-    executor = "reference" if exact else "auto"
+    executor = executor_name(exact=exact, deterministic=deterministic)
     loaded = load(model, dtype, device, executor=executor, dummy=dummy)
     checks = verify(loaded, new_tokens=tokens, seed=seed, codecs=[] if lossless else codec)
     if json:
@@ -49,6 +59,8 @@ def command(
         print(dumps([check.as_json() for check in done]))
     else:
         done = _table(checks)
+        if deterministic:
+            _print_cost(cost(loaded, new_tokens=tokens, seed=seed))
     if not all(check.passed for check in done):
         raise typer.Exit(1)
 
@@ -93,3 +105,14 @@ def _table(checks: "Iterator[Check]") -> "list[Check]":
     else:
         console.print(f"{len(done)} ways, {total:,} tokens: all equal to the reference.")
     return done
+
+
+def _print_cost(found: "Cost") -> None:
+    from rich.console import Console
+
+    Console().print(
+        f"equal bits cost {found.fixed_prefill / found.prefill:.1f} x in prefill "
+        f"({found.prefill:.2f} s, {found.fixed_prefill:.2f} s) and "
+        f"{found.fixed_decode / found.decode:.1f} x in decode "
+        f"({found.decode:.2f} s, {found.fixed_decode:.2f} s)"
+    )

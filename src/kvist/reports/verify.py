@@ -1,15 +1,15 @@
 """`kvist verify`: the promise of exactness, on the user's own model and machine.
 
 The reference is the readable loop with the reference attention (or the native executor, where the
-model was loaded for it): one prompt alone, its prefill in one piece, a dynamic cache. Every other way
-of computing the same greedy tokens is held against it. Sums in another order move logits a little, so
-a token that differs counts only where the reference's top-2 margin exceeds four times the difference
-that was measured at that place; below that it is a tie, and is listed.
+model was loaded for it): one prompt alone, its prefill in one piece, a dynamic cache. Every other
+way of computing the same greedy tokens is held against it. Sums in another order move logits a
+little, so a token that differs counts only where the reference's top-2 margin exceeds four times
+the difference that was measured at that place; below that it is a tie, and is listed.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from kvist.cache import CODECS, LAYOUTS
 from kvist.cache.groups import bytes_per_token, group_layers
 from kvist.core.params import SamplingParams
-from kvist.core.results import Result, TokenLogprob
+from kvist.core.results import Result, Timings, TokenLogprob
 from kvist.generate import generate
 from kvist.llm import LLM
 from kvist.loading.model import Model
@@ -48,6 +48,7 @@ class Check:
         ties: differences below the noise.
         divergence: the first that counts: (prompt, output position, expected, found).
         note: what was seen on the way, such as cached tokens or preemptions.
+        exact: whether equal bits were promised, so that any difference at all counts.
     """
 
     path: str
@@ -56,10 +57,16 @@ class Check:
     ties: tuple[Tie, ...] = ()
     divergence: tuple[int, int, int, int] | None = None
     note: str = ""
+    exact: bool = False
 
     @property
     def passed(self) -> bool:
-        """No divergence, and no more ties than one in a thousand tokens (one is always allowed)."""
+        """No divergence, and no more ties than one in a thousand tokens (one is always allowed).
+
+        Where equal bits were promised, no difference at all.
+        """
+        if self.exact:
+            return self.divergence is None and not self.ties and self.max_delta == 0
         allowed = max(1, self.tokens * TIES_PER_THOUSAND // 1000)
         return self.divergence is None and len(self.ties) <= allowed
 
@@ -79,7 +86,8 @@ def verify(
     """Compare every way that this build has with the reference, one after the other.
 
     Args:
-        model: best loaded in float32; in narrower types the noise is larger.
+        model: best loaded in float32; in narrower types the noise is larger. With the executor
+            "deterministic", every way must give the same bits.
         prompts: token ids; a mix of lengths drawn from `seed` unless given.
         new_tokens: greedy tokens for each.
         seed: of the prompts and of the neighbours.
@@ -99,7 +107,40 @@ def verify(
         label = "" if lossless else f"{name}: "
         for path, run in _paths(model, prompts, params, name, lossless, rng):
             results, note = run()
-            yield compare(label + path, expected, results, note)
+            check = compare(label + path, expected, results, note)
+            yield replace(check, exact=model.executor == "deterministic")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What equal bits cost, in seconds for the same prompts and tokens.
+
+    Args:
+        prefill: all prompts as one batch, by the model's own forward.
+        decode: the tokens after each first one.
+        fixed_prefill: the same by the deterministic executor.
+        fixed_decode: likewise.
+    """
+
+    prefill: float
+    decode: float
+    fixed_prefill: float
+    fixed_decode: float
+
+
+def cost(model: Model, *, new_tokens: int = 24, seed: int = 0) -> Cost:
+    """Time the deterministic executor beside the model's own forward; each runs twice."""
+    prompts = draw_prompts(model, random.Random(seed))
+    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    found: dict[str, list[Timings]] = {"reference": [], "deterministic": []}
+    for _ in range(2):
+        for name, timings in found.items():
+            timings.append(generate(replace(model, executor=name), prompts, params)[0].timings)
+    plain, fixed = (
+        (min(t.prefill for t in timings), min(t.decode for t in timings))
+        for timings in found.values()
+    )
+    return Cost(*plain, *fixed)
 
 
 def draw_prompts(model: Model, rng: random.Random) -> list[list[int]]:

@@ -43,7 +43,8 @@ def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> 
 
     Args:
         name: "auto" takes the fastest that can run here; "reference" is the model's own forward,
-            "native" the compiled library on a CPU, "fused" kernels and graphs on a GPU.
+            "native" the compiled library on a CPU, "fused" kernels and graphs on a GPU,
+            "deterministic" gives each token the same bits in any batch and chunk.
         model: whose weights.
         pool: the paged pool that all batches will be bound to; None for other caches.
 
@@ -79,10 +80,17 @@ def _fused(model: Executable, pool: PagedPool | None) -> StepFunction:
     return FusedStep(model.lm)
 
 
+def _deterministic(model: Executable, pool: PagedPool | None) -> StepFunction:
+    from kvist.runner.deterministic import deterministic_step
+
+    return deterministic_step(model.lm)
+
+
 _MAKERS: dict[str, Callable[[Executable, PagedPool | None], StepFunction]] = {
     "reference": _reference,
     "native": _native,
     "fused": _fused,
+    "deterministic": _deterministic,
 }
 EXECUTORS = ("auto", *_MAKERS)
 
