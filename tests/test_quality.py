@@ -27,6 +27,8 @@ def text(tmp_path: Path) -> Path:
 def test_only_whole_windows_are_measured() -> None:
     assert windows_of(range(10), 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert windows_of(range(10), 4, 1) == [[0, 1, 2, 3]]
+    assert [w[0] for w in windows_of(range(40), 4, 3)] == [0, 12, 24]
+    assert len(windows_of(range(10), 4, 9)) == 2
     with pytest.raises(RequestError, match="3 tokens, fewer than one window of 4"):
         windows_of(range(3), 4)
 

@@ -43,7 +43,10 @@ class Sample:
         self.finish_reason: str | None = None
         self.record: RequestRecord | None = None
         self._error: str | None = None
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        # The text follows the prompt's: it keeps the space between the two.
+        self._detokenizer = (
+            None if tokenizer is None else Detokenizer(tokenizer, prompt_ids=prompt_ids)
+        )
         self._stops = StopStrings(params.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []

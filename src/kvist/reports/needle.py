@@ -86,7 +86,7 @@ def find_needles(
     contexts: Sequence[int],
     *,
     depths: Sequence[float] = DEPTHS,
-    count: int = 4,
+    count: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[NeedleScore]:
     """Ask for every needle with every codec, through the engine.

@@ -17,10 +17,15 @@ from torch import Tensor
 from kvist.cache import Batch, Codec, make_cache
 from kvist.cache.groups import bytes_per_token, group_layers
 from kvist.errors import RequestError
+from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.model import Model
 from kvist.reports.needle import NeedleScore
+from kvist.runner.encoder_cache import with_images
 
 ROWS = 256  # rows of logits at a time: a vocabulary is wide
+
+Window = Sequence[int] | PreparedPrompt
+"""Token ids, or a prompt with pictures; places whose next token is a picture's do not count."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Quality:
 
 
 def windows_of(token_ids: Sequence[int], window: int, most: int | None = None) -> list[list[int]]:
-    """Whole windows of a text, none shared.
+    """Whole windows of a text, none shared; if only some, spread evenly over it.
 
     Raises:
         RequestError: the text does not fill one.
@@ -86,14 +91,15 @@ def windows_of(token_ids: Sequence[int], window: int, most: int | None = None) -
         raise RequestError(
             f"the text has {len(token_ids)} tokens, fewer than one window of {window}"
         )
-    count = count if most is None else min(count, most)
-    return [list(token_ids[i * window : (i + 1) * window]) for i in range(count)]
+    most = count if most is None else min(count, most)
+    starts = [i * count // most * window for i in range(most)]
+    return [list(token_ids[start : start + window]) for start in starts]
 
 
 @torch.inference_mode()
 def measure(
     model: Model,
-    windows: Sequence[Sequence[int]],
+    windows: Sequence[Window],
     codecs: Sequence[str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[CodecQuality]:
@@ -101,7 +107,7 @@ def measure(
 
     Args:
         model: the model.
-        windows: token ids, at least two in each.
+        windows: pieces of text, at least two tokens in each, or prompts with pictures.
         codecs: names, as `make_codec` takes them.
         progress: told how many of how many forwards are done.
     """
@@ -123,7 +129,7 @@ def measure(
 @torch.inference_mode()
 def sensitivity(
     model: Model,
-    windows: Sequence[Sequence[int]],
+    windows: Sequence[Window],
     codec: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Sensitivity]:
@@ -159,18 +165,27 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _hidden(model: Model, window: Sequence[int], codec: Codec) -> Tensor:
+def _parts(window: Window) -> PreparedPrompt:
+    return window if isinstance(window, PreparedPrompt) else PreparedPrompt(tuple(window), ())
+
+
+def _hidden(model: Model, window: Window, codec: Codec) -> Tensor:
     """`[len(window), hidden]` after the last norm."""
+    ids, spans = _parts(window).token_ids, _parts(window).spans
     cache = make_cache(
         model.specs,
         layout="static",
         codec=codec,
-        max_length=len(window),
+        max_length=len(ids),
         dtype=model.dtype,
         device=model.device,
     )
-    batch = Batch.pack([window], [0], device=model.device, logits="none")
-    return model.lm.forward(model.lm.embed(batch.token_ids), batch.positions, cache.bind(batch))
+    batch = Batch.pack([ids], [0], device=model.device, logits="none")
+    embeddings = model.lm.embed(batch.token_ids)
+    if model.images is not None:
+        pictured = with_images(batch, model.lm, [spans], model.images).embeddings
+        embeddings = embeddings if pictured is None else pictured
+    return model.lm.forward(embeddings, batch.positions, cache.bind(batch))
 
 
 @dataclass(frozen=True)
@@ -184,16 +199,20 @@ class _Compared:
     agree: int
 
 
-def _compare(model: Model, plain: Tensor, hidden: Tensor, window: Sequence[int]) -> _Compared:
-    following = torch.tensor(window[1:], device=model.device)
+def _compare(model: Model, plain: Tensor, hidden: Tensor, window: Window) -> _Compared:
+    ids, spans = _parts(window).token_ids, _parts(window).spans
+    shown = {place for span in spans for place in range(span.start, span.stop)}
+    # The row at place i predicts the token at i + 1.
+    places = torch.tensor([i for i in range(len(ids) - 1) if i + 1 not in shown])
+    following = torch.tensor(ids)[places + 1].to(model.device)
+    places = places.to(model.device)
     nll = plain_nll = kl = 0.0
     agree = 0
     for start in range(0, len(following), ROWS):
-        # The row at place i predicts the token at i + 1.
-        rows = slice(start, min(start + ROWS, len(following)))
+        rows = places[start : start + ROWS]
         p = torch.log_softmax(model.lm.logits(plain[rows]), dim=-1)
         q = p if hidden is plain else torch.log_softmax(model.lm.logits(hidden[rows]), dim=-1)
-        target = following[rows, None]
+        target = following[start : start + ROWS, None]
         plain_nll -= float(p.gather(1, target).sum(dtype=torch.float64))
         nll -= float(q.gather(1, target).sum(dtype=torch.float64))
         kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
