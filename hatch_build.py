@@ -23,11 +23,12 @@ LIBRARY = "_kvist.so"
 # Compiled once for every processor; which instruction set runs is decided where the library runs.
 COMMON = ("api.cpp", "dispatch.cpp", "model.cpp", "pool.cpp", "step.cpp", "testing.cpp",
           "workspace.cpp")  # fmt: skip
-FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=off")  # fmt: skip
 PORTABLE = ("-O2", "-ftree-vectorize", "-DKVIST_ISA=portable")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-AMX = (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+AMX = (*AVX512, "-mamx-tile", "-mamx-int8")
 
 
 class NativeLibrary(BuildHookInterface):

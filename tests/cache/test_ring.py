@@ -9,7 +9,7 @@ from kvist.cache.dense_view import DenseKV
 from kvist.cache.ring import MAX_CHUNK, RingCache, RingKV, ring_size
 from kvist.core.retention import SlidingWindow
 from kvist.core.spec import AttentionSpec
-from kvist.errors import CacheError, NotSupported
+from kvist.errors import CacheError
 from kvist.loading.model import Model
 from parity import assert_same_greedy
 
@@ -206,7 +206,10 @@ def test_sizes_that_make_no_sense_are_refused(model: Model, sizes: dict[str, int
         ring_of(model, **sizes)
 
 
-def test_an_executor_that_writes_in_place_is_refused(model: Model) -> None:
-    bound = ring_of(model).bind(Batch.pack([[1]], [0]))
-    with pytest.raises(NotSupported, match="not read in place"):
-        bound.planes_to_write()
+def test_an_executor_is_told_how_large_the_rings_are(model: Model) -> None:
+    cache = ring_of(model)
+    bound = cache.bind(Batch.pack([[1]], [0]))
+    sizes = [bound.ring_size(i) for i in range(len(cache.specs))]
+    assert sizes == [cache.ring_sizes.get(spec, 0) for spec in cache.specs]
+    assert any(sizes)
+    assert len(bound.layers_in_place()) == len(sizes)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 import kvist
 from kvist.cache import Batch, make_cache
+from kvist.cache.codecs import make_codec
 from kvist.errors import NotSupported, RequestError
 from kvist.native import native_step
 from kvist.native.executor import NativeStep
 from kvist.runner.step import StepFunction, model_step
 
 IDS = torch.randint(0, 70, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-ROUNDED = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 Opened = Callable[..., tuple[kvist.Model, object]]
 
 
@@ -38,14 +39,16 @@ def logits_of(
     layout: str = "dynamic",
     dtype: torch.dtype = torch.float32,
     retention: kvist.SlidingWindow | None = None,
+    codec: str = "plain",
 ) -> list[Tensor]:
     """All logits of each sequence: `chunks` are steps, each with new tokens for each sequence."""
     cache = make_cache(
         model.specs,
         layout=layout,
         rows=len(chunks[0]),
-        max_length=64,
+        max_length=400,
         dtype=dtype,
+        codec=make_codec(codec, dtype, lambda: model.calibration),
         retention=retention,
     )
     out: list[list[Tensor]] = [[] for _ in chunks[0]]
@@ -73,7 +76,7 @@ RAGGED = [
 ]
 
 
-@pytest.mark.parametrize("isa", ROUNDED)
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1", "Q8_0"])
 def test_logits_are_those_of_rounded_activations(
@@ -90,7 +93,7 @@ def test_logits_are_those_of_rounded_activations(
         assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 1e-3
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_logits_are_near_the_float_models(opened: Opened, isa: str, family: str) -> None:
     model, _ = opened(family, "Q8_0")
@@ -100,19 +103,69 @@ def test_logits_are_near_the_float_models(opened: Opened, isa: str, family: str)
     close(found, expected, 0.03)
 
 
-@pytest.mark.parametrize("layout", ["dynamic", "static", "paged"])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_layout_and_number_of_threads_gives_the_same(
-    opened: Opened, layout: str, threads: int
+LONG = [[(IDS * 9)[:340]]]  # three spans of positions
+LONG_CHUNKED = [[(IDS * 9)[a:b]] for a, b in ((0, 1), (1, 30), (30, 129), (129, 290), (290, 340))]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("codec", ["plain", "int8", "int4"])
+def test_logits_are_the_same_to_the_bit_however_they_are_computed(
+    opened: Opened, isa: str, codec: str
 ) -> None:
     model, _ = opened()
-    step = make_step(opened, isa="portable", threads=threads)
-    alone = make_step(opened, isa="portable", threads=1)
-    for chunks in (CHUNKED, RAGGED):
-        expected = logits_of(model, alone, chunks)
-        found = logits_of(model, step, chunks, layout)
-        for a, b in zip(found, expected, strict=True):
-            close(a, b, 1e-2)
+    alone = make_step(opened, isa=isa, threads=1)
+    several = make_step(opened, isa=isa, threads=3)
+    for whole, chunked in ((WHOLE, CHUNKED), (LONG, LONG_CHUNKED)):
+        [expected] = logits_of(model, alone, whole, codec=codec)
+        for layout in ("dynamic", "static", "ring", "paged"):
+            for step, chunks in ((several, whole), (alone, chunked), (several, chunked)):
+                [found] = logits_of(model, step, chunks, layout, codec=codec)
+                assert torch.equal(found, expected)
+    together = logits_of(model, several, RAGGED, "paged", codec=codec)
+    for i, row in enumerate(together):
+        [by_itself] = logits_of(
+            model, alone, [[chunk[i]] for chunk in RAGGED if chunk[i]], codec=codec
+        )
+        assert torch.equal(row, by_itself)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("codec", ["int8", "k8v4", "int4", "int4,0-1=int8"])
+@pytest.mark.parametrize("layout", ["dynamic", "paged"])
+def test_planes_of_few_bits_are_read_and_written_in_place(
+    opened: Opened, family: str, codec: str, layout: str
+) -> None:
+    model, _ = opened(family, "Q8_0")
+    step = make_step(opened, family, "Q8_0", threads=2)
+    with rounding(model):
+        [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, codec=codec)
+    [found] = logits_of(model, step, CHUNKED, layout, codec=codec)
+    close(found, expected, 0.05)
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).median() < 0.02
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_tokens_are_encoded_as_the_codec_encodes_them(opened: Opened, isa: str, codec: str) -> None:
+    # The first layer's values are one product away from the embedding, so both have the same.
+    model, _ = opened("qwen3", "Q8_0")
+    step = make_step(opened, "qwen3", "Q8_0", isa=isa, threads=1)
+    caches = []
+    with torch.inference_mode(), rounding(model):
+        for run in (step, model_step(model.lm)):
+            coder = make_codec(codec, torch.float32, lambda: model.calibration)
+            cache = make_cache(model.specs, codec=coder, max_length=64, dtype=torch.float32)
+            batch = Batch.pack([IDS], cache.lengths)
+            run(batch, cache.bind(batch))
+            cache.commit(batch)
+            caches.append(cache)
+    positions = torch.arange(len(IDS))
+    for side in ("key", "value"):
+        found, expected = (cache.read(0, 0, positions)[side] for cache in caches)
+        differing = (found["x"] != expected["x"]).float().mean().item()
+        assert differing < 0.01  # a number on the edge may go the other way
+        for name in found.keys() - {"x"}:
+            torch.testing.assert_close(found[name], expected[name], rtol=2e-3, atol=1e-6)
 
 
 def test_what_it_wrote_is_what_the_models_forward_would_read(opened: Opened) -> None:
@@ -138,12 +191,16 @@ def test_a_bfloat16_cache_costs_little(opened: Opened) -> None:
     close(found, expected, 0.04)
 
 
-@pytest.mark.parametrize("layout", ["dynamic", "paged"])
-def test_a_window_hides_what_the_model_does_not_see(opened: Opened, layout: str) -> None:
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("layout", ["dynamic", "ring", "paged"])
+def test_a_window_hides_what_the_model_does_not_see(
+    opened: Opened, layout: str, sinks: int
+) -> None:
     model, _ = opened()
     step = make_step(opened, threads=2)
-    window = kvist.SlidingWindow(6)
-    [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, retention=window)
+    window = kvist.SlidingWindow(6, sinks)
+    with rounding(model):
+        [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, retention=window)
     [found] = logits_of(model, step, CHUNKED, layout, retention=window)
     [everything] = logits_of(model, step, CHUNKED, layout)
     close(found, expected, 0.05)
@@ -190,15 +247,15 @@ def test_generate_runs_on_it(opened: Opened) -> None:
 def test_what_it_does_not_read_is_refused(opened: Opened) -> None:
     model, _ = opened()
     step = make_step(opened, threads=1)
-    cache = make_cache(
-        model.specs,
-        max_length=64,
-        dtype=torch.float32,
-        retention=kvist.SlidingWindow(8, sinks=2),
+    batch = Batch.pack([IDS], [0])
+    fp8 = make_cache(
+        model.specs, codec=make_codec("fp8", torch.float32), max_length=64, dtype=torch.float32
     )
-    batch = Batch.pack([IDS], cache.lengths)
-    with pytest.raises(NotSupported, match="sinks"):
-        step(batch, cache.bind(batch))
+    with pytest.raises(NotSupported, match="fp8"):
+        step(batch, fp8.bind(batch))
+    plain = make_cache(model.specs, max_length=64, dtype=torch.float32)
+    with pytest.raises(NotSupported, match="'sdpa'"):
+        step(batch, plain.bind(batch, backend="sdpa"))
     half = make_cache(model.specs, max_length=64, dtype=torch.float16)
     with pytest.raises(NotSupported, match="float16"):
         step(batch, half.bind(batch))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvist.cache.batch import Batch
 from kvist.cache.protocol import KV, SIDES, Planes, Side, State
-from kvist.errors import CacheError, UnknownLayer
+from kvist.errors import CacheError, NotSupported, UnknownLayer
 
 if TYPE_CHECKING:
     from kvist.cache.dense import DenseCache
@@ -52,20 +52,33 @@ class DenseBinding:
         """The layer as this step's queries may see it."""
         return DenseKV(self, layer_idx)
 
-    def planes_to_write(self) -> list[Layer]:
+    def layers_in_place(self) -> list[Layer]:
         """All layers' planes, for an executor that writes this step's tokens in place.
 
-        Every layer counts as written from here on. Position p of sequence b lies at place p of row
-        b; `[rows, kv_heads, capacity, ...]`, each plane contiguous.
+        Position p of sequence b lies at place p of row b, or where the layer's ring has it;
+        `[rows, kv_heads, capacity, ...]`, each plane contiguous. The list is another one once the
+        planes have moved.
 
         Raises:
-            CacheError: a layer was filled late, so that its places are not all taken.
+            NotSupported: a layer was filled late, so that its places are not all taken.
         """
-        for layer_idx in range(len(self.cache.specs)):
-            self._extend(layer_idx)
-            if any(self.cache._first[layer_idx]):
-                raise CacheError(f"layer {layer_idx} was filled late; run the model's own forward")
+        late = next((i for i, first in enumerate(self.cache._first) if any(first)), None)
+        if late is not None:
+            raise NotSupported(f"layer {late} was filled late, and is not read in place")
         return self.cache._layers
+
+    def ring_size(self, layer_idx: int) -> int:
+        """Places that a layer's positions go around in, behind the sinks; 0 where they do not."""
+        return 0
+
+    def note_written(self) -> None:
+        """All layers have this step's tokens: whoever asked for `layers_in_place` writes them."""
+        cached, ends = list(self.batch.cached_lens), list(self.batch.kv_lens)
+        for layer_idx, last in enumerate(self.cache._last):
+            if last == cached:  # and none is late, see there
+                self.cache._last[layer_idx] = ends.copy()
+            else:
+                self._extend(layer_idx)
 
     def state(self, layer_idx: int) -> State:
         """Dense layouts hold no recurrent layers."""

@@ -21,7 +21,7 @@ from kvist.cache.lengths import cropped
 from kvist.cache.protocol import SIDES, Codec
 from kvist.core.retention import Retention, first_needed
 from kvist.core.spec import AttentionSpec, LayerSpec
-from kvist.errors import CacheError, NotSupported
+from kvist.errors import CacheError
 
 MAX_CHUNK = 256
 SLACK = 32
@@ -232,11 +232,9 @@ class RingBinding(DenseBinding):
         ring = self.cache.specs[layer_idx] in self.cache.ring_sizes
         return RingKV(self, layer_idx) if ring else DenseKV(self, layer_idx)
 
-    def planes_to_write(self) -> list[Layer]:
-        """Refused where there are rings: position p does not lie at place p."""
-        if self.cache.ring_sizes:
-            raise NotSupported("a ring is not read in place; use another layout")
-        return super().planes_to_write()
+    def ring_size(self, layer_idx: int) -> int:
+        """Places of the layer's ring; see `DenseBinding.ring_size`."""
+        return self.cache.ring_sizes.get(self.cache.specs[layer_idx], 0)
 
     def _write(self, layer_idx: int, plane: Tensor, tokens: Tensor) -> None:
         spec = self.cache.specs[layer_idx]

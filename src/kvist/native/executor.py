@@ -7,6 +7,7 @@ cache's planes in place and gives the logits. Activations are rounded to 8 bits 
 
 import ctypes
 import os
+from functools import cache
 from pathlib import Path
 from threading import Lock
 
@@ -17,7 +18,7 @@ from kvist.cache import Batch, KVCache
 from kvist.errors import ConfigError, KvistError, NotSupported, RequestError
 from kvist.models.config import DecoderConfig
 from kvist.native.library import StepInput, library
-from kvist.native.planes import bound_planes
+from kvist.native.planes import BoundPlanes
 from kvist.native.weights import PackedModel, QuantizedWeights, pack_model
 
 __all__ = ["NativeStep", "native_step"]
@@ -59,6 +60,7 @@ class NativeStep:
     def __init__(self, packed: PackedModel) -> None:
         """See `native_step`."""
         self.packed = packed
+        self._planes = BoundPlanes()
         self._lock = Lock()
 
     @property
@@ -76,57 +78,59 @@ class NativeStep:
         Raises:
             NotSupported: a cache or positions that it does not read; nothing was written.
         """
-        config = self.packed.config
-        if os.getpid() != self.packed.pid:
+        packed = self.packed
+        if os.getpid() != packed.pid:
             raise KvistError("the native executor's threads stay behind in a fork; make it anew")
-        rows = batch.logit_rows.contiguous()
-        logits = torch.empty(len(rows), self.packed.padded_vocab)
-        if batch.num_tokens == 0:
-            return logits[:, : config.vocab_size]
-        rotations = batch.rope_positions if batch.rope_positions is not None else batch.positions
+        rotations = batch.positions if batch.rope_positions is None else batch.rope_positions
         if rotations.dim() != 1:
             raise NotSupported("the native executor rotates by one axis of positions only")
-        bound, planes = bound_planes(cache)
+        bound, layers = self._planes.of(cache)
         if bound is not batch:
             raise KvistError("the cache is bound to another batch than the one given")
+        rows = batch.logit_rows.contiguous()
+        count = rows.shape[0]
+        logits = torch.empty(count, packed.padded_vocab)
+        if not batch.num_tokens:
+            return logits[:, : packed.config.vocab_size]
         embeddings = batch.embeddings
         if embeddings is not None:
             embeddings = embeddings.float().contiguous()
         token_ids, rotations = batch.token_ids.contiguous(), rotations.contiguous()
-        starts = [0, *(end for _, end in batch.query_spans)]
-        lengths = batch.kv_lens
-        query_starts = (ctypes.c_int32 * len(starts))(*starts)
-        kv_lens = (ctypes.c_int32 * len(lengths))(*lengths)
-        block, token, head = planes.strides
+        sequences = batch.num_sequences
+        starts, lengths = _ints(sequences + 1), _ints(sequences)
+        starts[1:] = [end for _, end in batch.query_spans]
+        lengths[:] = batch.kv_lens
         given = StepInput(
-            tokens=batch.num_tokens,
-            sequences=batch.num_sequences,
-            logit_count=len(rows),
-            element=planes.element,
-            token_ids=token_ids.data_ptr(),
-            embeddings=None if embeddings is None else embeddings.data_ptr(),
-            rotations=rotations.data_ptr(),
-            query_starts=ctypes.addressof(query_starts),
-            kv_lens=ctypes.addressof(kv_lens),
-            logit_rows=rows.data_ptr(),
-            keys=ctypes.addressof(planes.keys),
-            values=ctypes.addressof(planes.values),
-            tables=ctypes.addressof(planes.tables),
-            windows=ctypes.addressof(planes.windows),
-            table_width=planes.table_width,
-            block_size=planes.block_size,
-            block_stride=block,
-            token_stride=token,
-            head_stride=head,
-            logits=logits.data_ptr(),
+            batch.num_tokens,
+            sequences,
+            count,
+            0,
+            token_ids.data_ptr(),
+            None if embeddings is None else embeddings.data_ptr(),
+            rotations.data_ptr(),
+            ctypes.addressof(starts),
+            ctypes.addressof(lengths),
+            rows.data_ptr(),
+            ctypes.addressof(layers.inputs),
+            logits.data_ptr(),
         )
         with self._lock:
-            failed = library().kvist_step(self.packed.handle, given)
+            failed = library().kvist_step(packed.handle, given)
         if failed == BAD_TOKEN:
-            raise RequestError(f"a token id is not in the vocabulary of {config.vocab_size}")
+            raise RequestError(f"a token id is not in the vocabulary of {packed.config.vocab_size}")
         if failed:
             raise KvistError(f"not enough memory for a step of {batch.num_tokens} tokens")
-        return logits[:, : config.vocab_size]
+        return logits[:, : packed.config.vocab_size]
+
+
+@cache
+def _ints_type(count: int) -> type[ctypes.Array[ctypes.c_int32]]:
+    return ctypes.c_int32 * count
+
+
+def _ints(count: int) -> ctypes.Array[ctypes.c_int32]:
+    """Zeros."""
+    return _ints_type(count)()
 
 
 def physical_cores() -> list[int]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from kvist.errors import ConfigError, NotSupported
 
-__all__ = ["Shape", "StepInput", "library", "missing"]
+__all__ = ["LayerInput", "PlaneInput", "Shape", "StepInput", "library", "missing"]
 
 LIBRARY = Path(__file__).with_name("_kvist.so")
-INTERFACE = 1  # kvist_interface() of the library that these declarations are of
+INTERFACE = 2  # kvist_interface() of the library that these declarations are of
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int32
@@ -38,29 +38,51 @@ class Shape(ctypes.Structure):
     )
 
 
+class PlaneInput(ctypes.Structure):
+    """`kvist::PlaneInput`: one side of one layer's cache, by address."""
+
+    _fields_ = (
+        ("x", _pointer),
+        ("scale", _pointer),
+        ("zero", _pointer),
+        ("centre", _pointer),
+        ("strides", _long * 3),
+        ("scale_strides", _long * 3),
+        ("element", _int),
+        ("group", _int),
+    )
+
+
+class LayerInput(ctypes.Structure):
+    """`kvist::LayerInput`: one layer's cache and where its tokens lie."""
+
+    _fields_ = (
+        ("key", PlaneInput),
+        ("value", PlaneInput),
+        ("table", _pointer),
+        ("table_width", _long),
+        ("block_size", _int),
+        ("window", _int),
+        ("sinks", _int),
+        ("ring", _int),
+    )
+
+
 class StepInput(ctypes.Structure):
-    """`kvist::StepInput`: one step's tokens, planes and tables, by address."""
+    """`kvist::StepInput`: one step's tokens and the cache, by address."""
 
     _fields_ = (
         ("tokens", _int),
         ("sequences", _int),
         ("logit_count", _int),
-        ("element", _int),
+        ("unused", _int),
         ("token_ids", _pointer),
         ("embeddings", _pointer),
         ("rotations", _pointer),
         ("query_starts", _pointer),
         ("kv_lens", _pointer),
         ("logit_rows", _pointer),
-        ("keys", _pointer),
-        ("values", _pointer),
-        ("tables", _pointer),
-        ("windows", _pointer),
-        ("table_width", _long),
-        ("block_size", _long),
-        ("block_stride", _long),
-        ("token_stride", _long),
-        ("head_stride", _long),
+        ("layers", _pointer),
         ("logits", _pointer),
     )
 

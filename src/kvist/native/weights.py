@@ -188,7 +188,9 @@ def check_config(config: DecoderConfig) -> None:
     refused = {
         f"model_type {config.model_type!r}": config.model_type not in ("llama", "qwen3"),
         "biases": config.attention_bias or config.output_bias or config.mlp_bias,
-        f"head_dim {config.head_dim}, no multiple of 16": config.head_dim % 16,
+        f"head_dim {config.head_dim}, no multiple of 16 up to 256": (
+            config.head_dim % 16 or config.head_dim > 256
+        ),
         f"{group} query heads for each of keys, more than 64": left or group > 64,
         "sizes that are no multiples of 32": any(
             size % 32

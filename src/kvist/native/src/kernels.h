@@ -8,8 +8,11 @@
 //   q8: 8 x 64 bytes, byte 4r+i of vector j = (input 4j+i of row r) ^ 0x80, 16 halves d;
 //                                                    weight = d * (byte - 128)
 //
-// Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does; or, in the
-// wide form, to bfloat16 for matrix units.
+// Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does.
+//
+// A row's result is the same to the bit whatever rows stand beside it, and however many threads there
+// are: sums of products of bytes are exact, floats are added block by block in one order, and
+// attention goes over fixed spans of positions. All kernels of an instruction set keep to this.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +23,11 @@ constexpr int BLOCK = 32;  // columns that share a scale
 constexpr int Q4_BLOCK = 320, Q8_BLOCK = 544;  // bytes of a group's block
 
 enum Kind : int32_t { Q4 = 0, Q8 = 1 };
-enum Element : int32_t { F32 = 0, BF16 = 1 };
+enum Element : int32_t { F32 = 0, BF16 = 1, I8 = 2, U4 = 3 };
+
+constexpr int SPAN = 128;  // positions that attention takes together; softmax is merged over spans
+constexpr int MOST_HEAD_DIM = 256;
+constexpr int ROW_TILE = 16;  // rows of activations have room up to a multiple of this
 
 constexpr int block_bytes(Kind kind) { return kind == Q4 ? Q4_BLOCK : Q8_BLOCK; }
 
@@ -39,33 +46,40 @@ struct Activations {
     float* scale;
     float* sum;
     int32_t* isum;
-    uint16_t* wide;  // bfloat16 instead, where it is not null
     int32_t columns;
 };
 
-// One head of the cache of one sequence: the token at position p begins at
-// base + table[p / block_size] * block_stride + p % block_size * token_stride (elements).
+// One head of one side of the cache of one sequence. The token at position p begins at place
+// table[p / block_size] * block_stride + p % block_size * token_stride of its plane; in a ring,
+// positions from ring_from on go round and round over `ring` places behind it.
+//
+// I8: number * scale, one for the head. U4: number * scale + zero for each `group` of channels; byte
+// i has channel i in its low and i + head_dim / 2 in its high bits. Both are of the Hadamard basis.
 struct HeadPlane {
-    void* base;
+    void* x;  // strides in elements; in bytes for U4
+    uint16_t *scale, *zero;
+    const float* centre;  // [head_dim], taken away before a key is encoded, or null
     const int32_t* table;
-    int32_t block_size;
-    int64_t block_stride, token_stride;
+    int64_t block_stride, token_stride, scale_block_stride, scale_token_stride;
+    int32_t block_size, ring, ring_from, group;
     Element element;
 };
 
-// Attention of `queries` rows (head_dim apart, rotated and scaled) over the positions [first, end).
-// The result is not divided yet: out[i] = sum exp(score - max[i]) v, with its weight[i].
+// Attention of some queries over one span of positions, [begin, end). Query i sees
+// what is in [first[i], last[i]) or, before last[i], in [0, sinks).
 struct Attention {
     HeadPlane keys, values;
-    const float* q;
-    float *out, *max, *weight;
-    float* scores;  // scratch, queries * (end - first + 32)
-    int32_t queries, head_dim, first, end;
+    const float* q;  // [queries, head_dim], scaled, in the keys' basis
+    int32_t queries, head_dim, begin, end, sinks;
+    const int32_t *first, *last;
+    float* out;  // [queries, part_record]
 };
+
+// A query's part of a span: sum of exp(score - max) * value for each channel, max, sum of exp.
+constexpr int64_t part_record(int64_t head_dim) { return head_dim + 16; }
 
 struct Kernels {
     const char* name;
-    int32_t wide_from;  // rows from which activations are wanted in the wide form; 0: never
     void (*quantise)(const float* x, const Activations& to, int row);
     void (*norm_quantise)(const float* x, const float* weight, float eps, const Activations& to,
                           int row);
@@ -77,11 +91,12 @@ struct Kernels {
     void (*gate_up)(const Matrix& gate, const Matrix& up, int begin, int end, const Activations& x,
                     int rows, const Activations& to, void* scratch);
     void (*rotate)(float* x, const float* cos_sin, int head_dim, float scale);
+    // Queries into the Hadamard basis of keys, or sums of values back from it.
+    void (*unrotate)(float* x, int head_dim);
     void (*store)(const HeadPlane& plane, int position, const float* x, int head_dim);
     void (*attend)(const Attention& task);
-    // Merge parts of one query's attention, each [head_dim] + max + weight, into out.
-    void (*merge)(const float* const* parts, const float* max, const float* weight, int count,
-                  int head_dim, float* out);
+    // A query's parts, `stride` floats apart, merged in order.
+    void (*merge)(const float* parts, int64_t stride, int count, int head_dim, float* out);
     int64_t (*argmax)(const float* x, int64_t size);
 };
 

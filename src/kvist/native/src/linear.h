@@ -6,6 +6,7 @@
 #pragma once
 #include "kernels.h"
 #include "simd.h"
+#include "vectors.h"
 
 namespace {
 
@@ -168,7 +169,7 @@ inline void all_tiles(const Unpacked& w, const Activations& x, int rows, float* 
     for (; r < rows; r++) tile_of_rows<KIND, 1>(w, x, r, out + r * ld, ld, add);
 }
 
-void linear(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
+[[maybe_unused]] void linear(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
             int64_t ld, bool add, void* scratch) {
     switch (rows <= MAX_ROWS ? rows : 0) {
         case 1: return few_rows<1>(matrix, begin, end, x, 0, out, ld, add);
@@ -190,6 +191,26 @@ void linear(const Matrix& matrix, int begin, int end, const Activations& x, int 
         float* to = out + (int64_t)g * LANES;
         if (matrix.kind == Q4) all_tiles<Q4>(unpacked, x, rows, to, ld, add);
         else all_tiles<Q8>(unpacked, x, rows, to, ld, add);
+    }
+}
+
+// Blocks of 32 hidden units by some kernel's `linear`: see Kernels::gate_up.
+template <typename Linear>
+inline void gate_up_with(Linear multiply, const Matrix& gate, const Matrix& up, int begin, int end,
+                         const Activations& x, int rows, const Activations& to, void* scratch) {
+    float* both = (float*)((uint8_t*)scratch + group_scratch(gate.columns));  // [rows, 64]
+    for (int block = begin; block < end; block++) {
+        Matrix two = gate;
+        two.data += 2 * block * gate.stride;
+        multiply(two, 0, 2, x, rows, both, 64, false, scratch);
+        two = up;
+        two.data += 2 * block * up.stride;
+        multiply(two, 0, 2, x, rows, both + 32, 64, false, scratch);
+        for (int r = 0; r < rows; r++) {
+            const float* h = both + 64 * r;
+            quantise_block(silu(load(h)) * load(h + 32), silu(load(h + 16)) * load(h + 48), to, r,
+                           block);
+        }
     }
 }
 

@@ -54,10 +54,6 @@ struct Model {
     const uint8_t* embedding = nullptr;    // the file's own rows, kept by the caller
     Stored embedding_type = STORED_F32;
 
-    // Scores of the queries that share a head of the cache, over a context.
-    int64_t scores_of_thread(int64_t context) const {
-        return shape.heads / shape.kv_heads * (context + 64);
-    }
     int32_t rows(Slot slot) const;
     int32_t columns(Slot slot) const;
     // Where matrices lie is decided once, from all their kinds, in the order of their use.

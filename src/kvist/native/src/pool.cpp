@@ -12,7 +12,7 @@ namespace kvist {
 namespace {
 
 constexpr int SPINS = 2000;      // about 50 microseconds: a few phases
-constexpr int IDLE_SPINS = 200;  // between jobs
+constexpr int IDLE_SPINS = 4000;  // between jobs: what a loop takes to sample and come back
 
 inline void relax() {
 #if defined(__x86_64__)

@@ -33,6 +33,16 @@ inline float half_to_float(uint16_t half) {
     return bits_to_float(sign | (exponent + 112) << 23 | rest << 13);
 }
 
+// Nearest IEEE half, ties to even; too large becomes infinite.
+inline uint16_t float_to_half(float value) {
+    const uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+    if (size < 0x38800000)  // subnormal: its last place is 2^-24, which adding 0.5 rounds to
+        return (uint16_t)(sign | (float_to_bits(bits_to_float(size) + 0.5f) - float_to_bits(0.5f)));
+    return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
 // Nearest bfloat16, ties to even.
 inline uint16_t float_to_bf16(float value) {
     uint32_t bits = float_to_bits(value);
@@ -95,6 +105,27 @@ inline int32_t store_rounded(int8_t* q, Floats a, Floats b) {
     return _mm512_reduce_add_epi32(_mm512_add_epi32(x, y));
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+inline Floats load_i8(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
+inline void load_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    low = {_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)))};
+    high = {_mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4))};
+}
+// Lane i becomes lane i ^ STEP.
+template <int STEP> inline Floats swapped(Floats x) {
+    if (STEP == 1) return {_mm512_permute_ps(x.v, 0xb1)};
+    if (STEP == 2) return {_mm512_permute_ps(x.v, 0x4e)};
+    if (STEP == 4) return {_mm512_shuffle_f32x4(x.v, x.v, 0xb1)};
+    return {_mm512_shuffle_f32x4(x.v, x.v, 0x4e)};
+}
+// x, zero where `score` is minus infinity.
+inline Floats where_seen(Floats score, Floats x) {
+    __mmask16 seen = _mm512_cmp_ps_mask(score.v, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
+    return {_mm512_maskz_mov_ps(seen, x.v)};
+}
 
 // Lane i of the result is the sum of all lanes of x[i]: a tree of 15 additions.
 inline Floats sums_of(const Floats* x) {
@@ -230,6 +261,31 @@ inline int32_t store_rounded(int8_t* q, Floats x, Floats y) {
     return total;
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline Floats load_i8(const int8_t* p) {
+    __m128i x = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
+}
+inline void load_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+    __m128i x = _mm_loadu_si128((const __m128i*)p);
+    __m256i a = _mm256_cvtepu8_epi32(x), b = _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8));
+    __m256i mask = _mm256_set1_epi32(15);
+    low = {_mm256_cvtepi32_ps(_mm256_and_si256(a, mask)),
+           _mm256_cvtepi32_ps(_mm256_and_si256(b, mask))};
+    high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(a, 4)), _mm256_cvtepi32_ps(_mm256_srli_epi32(b, 4))};
+}
+template <int STEP> inline Floats swapped(Floats x) {
+    if (STEP == 1) return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+    if (STEP == 2) return {_mm256_permute_ps(x.a, 0x4e), _mm256_permute_ps(x.b, 0x4e)};
+    if (STEP == 4)
+        return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    return {x.b, x.a};
+}
+inline Floats where_seen(Floats score, Floats x) {
+    __m256 hidden = _mm256_set1_ps(-__builtin_inff());
+    return {_mm256_and_ps(_mm256_cmp_ps(score.a, hidden, _CMP_NEQ_UQ), x.a),
+            _mm256_and_ps(_mm256_cmp_ps(score.b, hidden, _CMP_NEQ_UQ), x.b)};
+}
 inline Floats sums_of(const Floats* x) {
     alignas(32) float each[16];
     for (int i = 0; i < 16; i++) each[i] = sum(x[i]);
@@ -310,6 +366,14 @@ inline int32_t store_rounded(int8_t* q, Floats a, Floats b) {
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline Floats sums_of(const Floats* x) { KVIST_EACH(sum(x[i])); }
+inline Floats load_i8(const int8_t* p) { KVIST_EACH((float)p[i]); }
+inline void load_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+    for (int i = 0; i < 16; i++) low.v[i] = (float)(p[i] & 15), high.v[i] = (float)(p[i] >> 4);
+}
+template <int STEP> inline Floats swapped(Floats x) { KVIST_EACH(x.v[i ^ STEP]); }
+inline Floats where_seen(Floats score, Floats x) {
+    KVIST_EACH(score.v[i] == -__builtin_inff() ? 0.f : x.v[i]);
+}
 #undef KVIST_EACH
 
 #endif

@@ -8,36 +8,44 @@ namespace kvist {
 namespace {
 
 struct Share {
-    int begin, end;
+    int64_t begin, end;
 };
 
 // Thread t's part of n equal pieces of work.
-Share share(int64_t n, int t, int threads) {
-    return {(int)(n * t / threads), (int)(n * (t + 1) / threads)};
-}
+Share share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
+
+// Rows of one sequence that attend together: they share each reading of the cache.
+struct Block {
+    int row, count, sequence, position;  // position: of the first
+};
+
+constexpr int BLOCK_QUERIES = 12;
 
 // One pass over the weights for the rows [first, first + rows) of a step.
 class Pass {
   public:
     Pass(Model& model, Workspace& space, const StepInput& input, int first, int rows)
         : m(model), w(space), in(input), s(model.shape), k(model.kernels), first_(first),
-          rows_(rows), threads_(model.pool.threads()), q_size(s.heads * s.head_dim),
-          kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size) {
-        sequence_.resize(rows), position_.resize(rows);
-        alone_ = true;
+          rows_(rows), threads_(model.pool.threads()), group_(s.heads / s.kv_heads),
+          q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size) {
+        const int together = std::max(1, BLOCK_QUERIES / group_);
         for (int b = 0; b < in.sequences; b++) {
-            const int begin = std::max(in.query_starts[b], first);
             const int end = std::min(in.query_starts[b + 1], first + rows);
-            alone_ = alone_ && end - begin <= 1;
-            for (int i = begin; i < end; i++) {
-                sequence_[i - first] = b;
-                position_[i - first] = in.kv_lens[b] - (in.query_starts[b + 1] - i);
-            }
+            for (int i = std::max(in.query_starts[b], first); i < end; i += together)
+                blocks_.push_back({i - first, std::min(together, end - i), b,
+                                   in.kv_lens[b] - (in.query_starts[b + 1] - i)});
         }
         const int64_t* rows_end = in.logit_rows + in.logit_count;
         logits_begin_ = std::lower_bound(in.logit_rows, rows_end, first) - in.logit_rows;
         logits_end_ = std::lower_bound(in.logit_rows, rows_end, first + rows) - in.logit_rows;
-        wide_ = k.wide_from && rows >= k.wide_from;
+        // Few blocks: their spans are dealt out, and merged by all; the numbers are the same.
+        split_ = (int64_t)blocks_.size() * s.kv_heads < 8 * threads_;
+        int64_t spans = 0;
+        for (const Block& block : blocks_) {
+            begins_.push_back(spans);
+            spans += (int64_t)block.count * most_spans(block);
+        }
+        space.reserve(model, rows, split_ ? spans : threads_ * most_of_a_thread());
     }
 
     void work(int t) {
@@ -50,21 +58,21 @@ class Pass {
   private:
     Share mine(int64_t n, int t) const { return share(n, t, threads_); }
 
-    float* x(int row) const { return w.x + (int64_t)row * s.hidden; }
-    float* q(int row) const { return w.projected + (int64_t)row * ld; }
-    float* key(int row) const { return q(row) + q_size; }
-    float* value(int row) const { return key(row) + kv_size; }
-    const float* rotation(int row) const { return w.rotation + (int64_t)row * s.head_dim; }
+    float* x(int64_t row) const { return w.x + row * s.hidden; }
+    float* q(int64_t row) const { return w.projected + row * ld; }
+    float* key(int64_t row) const { return q(row) + q_size; }
+    float* value(int64_t row) const { return key(row) + kv_size; }
+    const float* rotation(int64_t row) const { return w.rotation + row * s.head_dim; }
 
     // Embeddings, and the cosines and sines of all rows.
     void begin(int t) {
         const Share rows = mine(rows_, t);
         const int64_t bytes = stored_row_bytes(m.embedding_type, s.hidden);
-        for (int r = rows.begin; r < rows.end; r++) {
+        for (int64_t r = rows.begin; r < rows.end; r++) {
             const int64_t i = first_ + r;
             if (in.embeddings) memcpy(x(r), in.embeddings + i * s.hidden, s.hidden * 4);
             else read_row(m.embedding_type, m.embedding + in.token_ids[i] * bytes, s.hidden, x(r));
-            float* to = w.rotation + (int64_t)r * s.head_dim;
+            float* to = w.rotation + r * s.head_dim;
             for (int c = 0; c < s.head_dim / 2; c++) {
                 const float angle = (float)in.rotations[i] * m.frequencies[c];
                 to[c] = std::cos(angle) * s.rotation_scale;
@@ -75,13 +83,12 @@ class Pass {
 
     // Rows as a matrix takes them: each thread makes all when they are few, else its own part.
     template <typename Make>
-    Activations prepare(int t, int columns, int rows, Make make) {
+    Activations prepare(int t, int columns, int64_t rows, Make make) {
         const bool few = rows <= FEW_ROWS;
         Activations to = few ? w.own[t] : w.shared;
         to.columns = columns;
-        if (few || !wide_ || rows < k.wide_from) to.wide = nullptr;
         const Share part = few ? Share{0, rows} : mine(rows, t);
-        for (int r = part.begin; r < part.end; r++) make(to, r);
+        for (int64_t r = part.begin; r < part.end; r++) make(to, (int)r);
         if (!few) m.pool.barrier(t);
         return to;
     }
@@ -92,21 +99,24 @@ class Pass {
         });
     }
 
-    void linear(const Matrix& matrix, Share part, const Activations& from, int rows, float* out,
+    void linear(const Matrix& matrix, Share part, const Activations& from, int64_t rows, float* out,
                 int64_t out_ld, bool add, int t) {
         if (part.begin < part.end)
-            k.linear(matrix, part.begin, part.end, from, rows, out, out_ld, add, w.scratch[t]);
+            k.linear(matrix, (int)part.begin, (int)part.end, from, (int)rows, out, out_ld, add,
+                     w.scratch[t]);
     }
 
     void layer(int l, int t) {
         const Layer& layer = m.layers[l];
         project(layer, t);
         m.pool.barrier(t);
+        turn_and_write(l, t);
+        m.pool.barrier(t);
         attention(l, t);
         m.pool.barrier(t);
         const Activations attended = prepare(t, q_size, rows_, [&](const Activations& to, int r) {
-            if (split()) merge_parts(r, t);
-            const float* from = split() ? merged(t) : w.attended + (int64_t)r * q_size;
+            const float* from =
+                split_ ? merged(in.layers[l], r, t) : w.attended + (int64_t)r * q_size;
             k.quantise(from, to, r);
         });
         const Matrix& output = layer.matrices[O_PROJ];
@@ -119,11 +129,11 @@ class Pass {
         const Activations from = normed(t, layer.input_norm);
         const Matrix* parts = layer.matrices;
         const Share all = mine(parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups, t);
-        int before = 0;
+        int64_t before = 0;
         for (int slot = Q_PROJ; slot <= V_PROJ; slot++) {
-            const int groups = parts[slot].groups;
-            const Share part{std::clamp(all.begin - before, 0, groups),
-                             std::clamp(all.end - before, 0, groups)};
+            const int64_t groups = parts[slot].groups;
+            const Share part{std::clamp<int64_t>(all.begin - before, 0, groups),
+                             std::clamp<int64_t>(all.end - before, 0, groups)};
             linear(parts[slot], part, from, rows_, w.projected + before * LANES, ld, false, t);
             before += groups;
         }
@@ -133,31 +143,33 @@ class Pass {
         const Activations from = normed(t, layer.post_norm);
         const Matrix &gate = layer.matrices[GATE], &down = layer.matrices[DOWN];
         const Share blocks = mine(s.intermediate / BLOCK, t);
-        Activations to = w.intermediate;
-        if (!wide_) to.wide = nullptr;
         if (blocks.begin < blocks.end)
-            k.gate_up(gate, layer.matrices[UP], blocks.begin, blocks.end, from, rows_, to,
-                      w.scratch[t]);
+            k.gate_up(gate, layer.matrices[UP], (int)blocks.begin, (int)blocks.end, from, rows_,
+                      w.intermediate, w.scratch[t]);
         m.pool.barrier(t);
-        linear(down, mine(down.groups, t), to, rows_, w.x, s.hidden, true, t);
+        linear(down, mine(down.groups, t), w.intermediate, rows_, w.x, s.hidden, true, t);
         m.pool.barrier(t);
     }
 
-    // Attention. Tokens are fewer than threads: each takes a part of every context. Otherwise each
-    // takes some tokens of some heads. Where no two tokens are of one sequence, whoever attends for
-    // a head also writes its new key and value, and no other thread reads those.
-    bool split() const { return rows_ < threads_ && alone_; }
+    // Attention.
 
-    HeadPlane plane(int l, int row, int head, bool of_values) const {
-        const int64_t offset = head * in.head_stride * (in.element == F32 ? 4 : 2);
-        void* base = (uint8_t*)(of_values ? in.values : in.keys)[l] + offset;
-        const int32_t* table = in.tables[l] + sequence_[row] * in.table_width;
-        return {base, table, (int32_t)in.block_size, in.block_stride, in.token_stride,
-                (Element)in.element};
-    }
-
-    int first_seen(int l, int row) const {
-        return in.windows[l] ? std::max(0, position_[row] + 1 - in.windows[l]) : 0;
+    HeadPlane plane(const LayerInput& layer, const PlaneInput& side, int sequence, int head) const {
+        const int64_t bytes = side.element == F32 ? 4 : side.element == BF16 ? 2 : 1;
+        const int64_t scale = head * side.scale_head_stride;
+        return {(uint8_t*)side.x + head * side.head_stride * bytes,
+                side.scale + scale,
+                side.zero + scale,
+                side.centre ? side.centre + (int64_t)head * s.head_dim : nullptr,
+                layer.table + sequence * layer.table_width,
+                side.block_stride,
+                side.token_stride,
+                side.scale_block_stride,
+                side.scale_token_stride,
+                layer.block_size,
+                layer.ring,
+                layer.sinks,
+                side.group,
+                (Element)side.element};
     }
 
     void turn(float* vector, const std::vector<float>& norm, int row, float scale) {
@@ -165,99 +177,148 @@ class Pass {
         k.rotate(vector, rotation(row), s.head_dim, scale);
     }
 
-    void write(int l, int row, int head) {
-        float* vector = key(row) + head * s.head_dim;
-        turn(vector, m.layers[l].k_norm, row, 1.f);
-        k.store(plane(l, row, head, false), position_[row], vector, s.head_dim);
-        k.store(plane(l, row, head, true), position_[row], value(row) + head * s.head_dim,
-                s.head_dim);
+    // Queries are rotated in place; keys too, and written with the values.
+    void turn_and_write(int l, int t) {
+        const LayerInput& layer = in.layers[l];
+        const float scale = 1.f / std::sqrt((float)s.head_dim);
+        const bool rotated = layer.key.element >= I8;
+        const Share items = mine((int64_t)rows_ * s.kv_heads, t);
+        size_t b = 0;
+        for (int64_t i = items.begin; i < items.end; i++) {
+            const int row = (int)(i / s.kv_heads), head = (int)(i % s.kv_heads);
+            while (row >= blocks_[b].row + blocks_[b].count) b++;
+            const int position = blocks_[b].position + row - blocks_[b].row;
+            for (int g = 0; g < group_; g++) {
+                float* query = q(row) + (head * group_ + g) * s.head_dim;
+                turn(query, m.layers[l].q_norm, row, scale);
+                if (rotated) k.unrotate(query, s.head_dim);
+            }
+            float* own = key(row) + head * s.head_dim;
+            turn(own, m.layers[l].k_norm, row, 1.f);
+            const int sequence = blocks_[b].sequence;
+            k.store(plane(layer, layer.key, sequence, head), position, own, s.head_dim);
+            k.store(plane(layer, layer.value, sequence, head), position,
+                    value(row) + head * s.head_dim, s.head_dim);
+        }
     }
 
-    void attend(int l, int row, int head, Share range, const float* from, float* out, float* max,
-                float* weight, int t) {
-        const int group = s.heads / s.kv_heads;
-        k.attend({plane(l, row, head, false), plane(l, row, head, true), from, out, max, weight,
-                  w.scores + t * m.scores_of_thread(w.context), group, s.head_dim, range.begin,
-                  range.end});
+    // Spans of a block: those that hold sinks, then those from the first that a query sees.
+    struct Spans {
+        int sinks, first, count;
+        int at(int i) const { return i < sinks ? i : first + i - sinks; }
+    };
+
+    int first_seen(const LayerInput& layer, int position) const {
+        return layer.window ? std::max(0, position + 1 - layer.window) : 0;
+    }
+
+    Spans spans_of(const LayerInput& layer, const Block& block) const {
+        const int last = (block.position + block.count + SPAN - 1) / SPAN;
+        const int first = first_seen(layer, block.position) / SPAN;
+        const int sinks = layer.window ? std::min((layer.sinks + SPAN - 1) / SPAN, first) : 0;
+        return {sinks, first, sinks + last - first};
+    }
+
+    int most_spans(const Block& block) const {
+        return (block.position + block.count + SPAN - 1) / SPAN;
+    }
+    // What a thread needs for a block that it takes alone, one head at a time.
+    int64_t most_of_a_thread() const {
+        int64_t most = 0;
+        for (const Block& block : blocks_)
+            most = std::max(most, (int64_t)block.count * most_spans(block));
+        return most;
+    }
+
+    int64_t record() const { return part_record(s.head_dim); }
+
+    // What came of a head's queries over the block's span i; see Attention. `base` is the block's own.
+    float* part(const Block& block, int64_t base, int head, int i) const {
+        const int64_t queries = (int64_t)block.count * group_;
+        return w.parts + (base * s.heads + (head * most_spans(block) + i) * queries) * record();
+    }
+
+    void attend(const LayerInput& layer, const Block& block, int head, int span, float* to) {
+        alignas(64) float queries[64 * MOST_HEAD_DIM];
+        int32_t first[64], last[64];
+        const int width = group_ * s.head_dim;
+        for (int i = 0; i < block.count; i++) {
+            memcpy(queries + i * width, q(block.row + i) + head * width, width * 4);
+            for (int g = 0; g < group_; g++) {
+                first[i * group_ + g] = first_seen(layer, block.position + i);
+                last[i * group_ + g] = block.position + i + 1;
+            }
+        }
+        k.attend({plane(layer, layer.key, block.sequence, head),
+                  plane(layer, layer.value, block.sequence, head), queries, block.count * group_,
+                  s.head_dim, span * SPAN, span * SPAN + SPAN, layer.window ? layer.sinks : 0, first,
+                  last, to});
+    }
+
+    // All queries of one head of a block's row i -> out [group, head_dim].
+    void merge(const LayerInput& layer, const Block& block, int64_t base, int head, int i,
+               float* out) {
+        const int64_t stride = (int64_t)block.count * group_ * record();
+        for (int g = 0; g < group_; g++) {
+            float* to = out + g * s.head_dim;
+            k.merge(part(block, base, head, 0) + (i * group_ + g) * record(), stride,
+                    spans_of(layer, block).count, s.head_dim, to);
+            if (layer.value.element >= I8) k.unrotate(to, s.head_dim);
+        }
     }
 
     void attention(int l, int t) {
-        if (split()) {
-            for (int r = 0; r < rows_; r++) attend_part(l, r, t);
-            return;
-        }
-        if (!alone_) {
-            const Share rows = mine(rows_, t);
-            for (int r = rows.begin; r < rows.end; r++)
-                for (int h = 0; h < s.kv_heads; h++) write(l, r, h);
-            m.pool.barrier(t);
-        }
-        // Neighbouring rows see about as much, so dealing them out in turn is fair.
-        const int items = rows_ * s.kv_heads;
-        for (int i = t; i < items; i += threads_) attend_whole(l, i / s.kv_heads, i % s.kv_heads, t);
-    }
-
-    void attend_whole(int l, int row, int head, int t) {
-        const int group = s.heads / s.kv_heads, d = s.head_dim;
-        if (alone_) write(l, row, head);
-        float* queries = q(row) + head * group * d;
-        turn_queries(l, queries, row, group);
-        float* out = w.attended + (int64_t)row * q_size + head * group * d;
-        float max[64], weight[64];
-        attend(l, row, head, {first_seen(l, row), position_[row] + 1}, queries, out, max, weight, t);
-        for (int g = 0; g < group; g++) {
-            const float* part = out + g * d;
-            k.merge(&part, max + g, weight + g, 1, d, out + g * d);
+        const LayerInput& layer = in.layers[l];
+        if (split_) return attend_spans(layer, t);
+        // Neighbouring blocks see about as much, so dealing them out in turn is fair.
+        const int64_t items = (int64_t)blocks_.size() * s.kv_heads;
+        const int64_t base = t * most_of_a_thread();
+        for (int64_t i = t; i < items; i += threads_) {
+            const Block& block = blocks_[i / s.kv_heads];
+            const int head = (int)(i % s.kv_heads);
+            const Spans spans = spans_of(layer, block);
+            for (int n = 0; n < spans.count; n++)
+                attend(layer, block, head, spans.at(n), part(block, base, 0, n));
+            for (int r = 0; r < block.count; r++)
+                merge(layer, block, base, 0, r,
+                      w.attended + (int64_t)(block.row + r) * q_size + head * group_ * s.head_dim);
         }
     }
 
-    void turn_queries(int l, float* queries, int row, int count) {
-        const float scale = 1.f / std::sqrt((float)s.head_dim);
-        for (int g = 0; g < count; g++)
-            turn(queries + g * s.head_dim, m.layers[l].q_norm, row, scale);
-    }
-
-    float* part(int t, int row) const { return w.parts + ((int64_t)t * rows_ + row) * q_size; }
-    float* part_max(int t, int row) const { return w.part_max + ((int64_t)t * rows_ + row) * s.heads; }
-    float* part_weight(int t, int row) const {
-        return w.part_weight + ((int64_t)t * rows_ + row) * s.heads;
-    }
-
-    void attend_part(int l, int row, int t) {
-        const int group = s.heads / s.kv_heads, end = position_[row] + 1, first = first_seen(l, row);
-        const Share runs = mine((end - first + 15) / 16, t);
-        const Share range{first + 16 * runs.begin, std::min(end, first + 16 * runs.end)};
-        float* queries = (float*)w.scratch[t];  // every thread turns all queries for itself
-        memcpy(queries, q(row), q_size * 4);
-        turn_queries(l, queries, row, s.heads);
-        const bool last = runs.begin < runs.end && range.end == end;
-        for (int h = 0; h < s.kv_heads; h++) {
-            if (last) write(l, row, h);
-            attend(l, row, h, range, queries + h * group * s.head_dim,
-                   part(t, row) + h * group * s.head_dim, part_max(t, row) + h * group,
-                   part_weight(t, row) + h * group, t);
-        }
-    }
-
-    float* merged(int t) const { return (float*)w.scratch[t]; }
-
-    void merge_parts(int row, int t) {
-        for (int h = 0; h < s.heads; h++) {
-            const float* parts[64];
-            float max[64], weight[64];
-            for (int p = 0; p < threads_; p++) {
-                parts[p] = part(p, row) + h * s.head_dim;
-                max[p] = part_max(p, row)[h], weight[p] = part_weight(p, row)[h];
+    // Threads take runs of spans, head by head and block by block.
+    void attend_spans(const LayerInput& layer, int t) {
+        int64_t total = 0;
+        for (const Block& block : blocks_) total += (int64_t)spans_of(layer, block).count * s.kv_heads;
+        const Share own = mine(total, t);
+        int64_t before = 0;
+        for (size_t b = 0; b < blocks_.size(); b++) {
+            const Spans spans = spans_of(layer, blocks_[b]);
+            const int64_t all = (int64_t)spans.count * s.kv_heads;
+            const int64_t end = std::min(own.end - before, all);
+            for (int64_t i = std::max<int64_t>(own.begin - before, 0); i < end; i++) {
+                const int head = (int)(i / spans.count), n = (int)(i % spans.count);
+                attend(layer, blocks_[b], head, spans.at(n), part(blocks_[b], begins_[b], head, n));
             }
-            k.merge(parts, max, weight, threads_, s.head_dim, merged(t) + h * s.head_dim);
+            before += all;
         }
+    }
+
+    // One row's attention from its spans -> [heads, head_dim].
+    float* merged(const LayerInput& layer, int row, int t) {
+        float* out = (float*)w.scratch[t];
+        size_t b = 0;
+        while (row >= blocks_[b].row + blocks_[b].count) b++;
+        for (int h = 0; h < s.kv_heads; h++)
+            merge(layer, blocks_[b], begins_[b], h, row - blocks_[b].row,
+                  out + h * group_ * s.head_dim);
+        return out;
     }
 
     void head(int t) {
-        const int rows = (int)(logits_end_ - logits_begin_);
+        const int64_t rows = logits_end_ - logits_begin_;
         if (!rows) return;
         const Activations from = prepare(t, s.hidden, rows, [&](const Activations& to, int i) {
-            const int row = (int)in.logit_rows[logits_begin_ + i] - first_;
+            const int64_t row = in.logit_rows[logits_begin_ + i] - first_;
             k.norm_quantise(x(row), m.norm.data(), s.norm_eps, to, i);
         });
         const int64_t width = (int64_t)m.head.groups * LANES;
@@ -270,21 +331,18 @@ class Pass {
     const StepInput& in;
     const Shape& s;
     const Kernels& k;
-    const int first_, rows_, threads_, q_size, kv_size, ld;
-    std::vector<int> sequence_, position_;
+    const int first_, rows_, threads_, group_, q_size, kv_size, ld;
+    std::vector<Block> blocks_;
+    std::vector<int64_t> begins_;  // of each block's parts, where they are dealt out
     int64_t logits_begin_, logits_end_;
-    bool alone_, wide_;
+    bool split_;
 };
 
 }  // namespace
 
 void run_step(Model& model, Workspace& space, const StepInput& input) {
-    int32_t context = 0;
-    for (int b = 0; b < input.sequences; b++) context = std::max(context, input.kv_lens[b]);
     for (int first = 0; first < input.tokens; first += PASS_ROWS) {
-        const int rows = std::min(PASS_ROWS, input.tokens - first);
-        space.reserve(model, rows, context);
-        Pass pass(model, space, input, first, rows);
+        Pass pass(model, space, input, first, std::min(PASS_ROWS, input.tokens - first));
         model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass);
     }
 }

@@ -6,38 +6,55 @@
 
 namespace kvist {
 
-// What the caller's binding fills in (library.py declares the same fields). Tokens of sequence b
-// are the rows [query_starts[b], query_starts[b + 1]) and take the last positions before kv_lens[b].
-struct StepInput {
-    int32_t tokens, sequences, logit_count;
-    int32_t element;             // of the planes, an Element
-    const int64_t* token_ids;    // [tokens], where there are no embeddings
-    const float* embeddings;     // [tokens, hidden] or null
-    const int64_t* rotations;    // [tokens], each token's position for rotation
-    const int32_t* query_starts;  // [sequences + 1]
-    const int32_t* kv_lens;      // [sequences]
-    const int64_t* logit_rows;   // [logit_count], ascending
-    void* const* keys;           // [layers], planes
-    void* const* values;
-    const int32_t* const* tables;  // [layers], [sequences, table_width] blocks
-    const int32_t* windows;      // [layers], 0: all is seen
+// The caller's binding (library.py) declares the same fields.
+
+// One side of one layer's cache; see HeadPlane. Strides in elements from block to block, token to
+// token, head to head; those of scale and zero are alike.
+struct PlaneInput {
+    void* x;
+    uint16_t *scale, *zero;
+    const float* centre;  // [kv_heads, head_dim] or null
+    int64_t block_stride, token_stride, head_stride;
+    int64_t scale_block_stride, scale_token_stride, scale_head_stride;
+    int32_t element, group;
+};
+
+struct LayerInput {
+    PlaneInput key, value;
+    const int32_t* table;  // [sequences, table_width] blocks
     int64_t table_width;
-    int64_t block_size, block_stride, token_stride, head_stride;  // strides in elements
-    float* logits;               // [logit_count, groups of the head * 16]
+    int32_t block_size;
+    int32_t window, sinks;  // window 0: all is seen
+    int32_t ring;           // places that positions go around in, behind the sinks; 0: none
+};
+
+// Tokens of sequence b are the rows [query_starts[b], query_starts[b + 1]) and take the last
+// positions before kv_lens[b].
+struct StepInput {
+    int32_t tokens, sequences, logit_count, unused;
+    const int64_t* token_ids;     // [tokens], where there are no embeddings
+    const float* embeddings;      // [tokens, hidden] or null
+    const int64_t* rotations;     // [tokens], each token's position for rotation
+    const int32_t* query_starts;  // [sequences + 1]
+    const int32_t* kv_lens;       // [sequences]
+    const int64_t* logit_rows;    // [logit_count], ascending
+    const LayerInput* layers;     // [layers]
+    float* logits;                // [logit_count, groups of the head * 16]
 };
 
 // Scratch for steps, grown as they ask for more and kept from one to the next.
 struct Workspace {
-    int32_t rows = 0, context = 0;
+    int32_t rows = 0;
+    int64_t spans = 0;  // of all rows together, where spans are dealt out
     std::unique_ptr<Arena> memory;
 
     float *x, *projected, *attended, *rotation;
-    float *parts, *part_max, *part_weight, *scores;
+    float* parts;  // [spans, heads, part_record]
     Activations shared, intermediate;
     std::vector<Activations> own;  // a thread's, for few rows
     std::vector<uint8_t*> scratch;
 
-    void reserve(const Model& model, int32_t rows, int32_t context);
+    void reserve(const Model& model, int32_t rows, int64_t spans);
 };
 
 // Few rows are prepared by each thread for itself, which is cheaper than waiting for one another.

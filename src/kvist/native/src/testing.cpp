@@ -20,15 +20,14 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
     matrix.data = packed.take(matrix.groups * matrix.stride);
     Pool pool(1, {});
     pack(pool, matrix, (Stored)stored, matrix_rows, count);
-    const bool wide = kernels->wide_from && rows >= kernels->wide_from;
-    const int64_t blocks = (int64_t)rows * (columns / BLOCK);
-    std::vector<int8_t> q(rows * columns);
+    const int64_t room = ((int64_t)rows + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
+    const int64_t blocks = room * (columns / BLOCK);
+    std::vector<int8_t> q(room * columns);
     std::vector<float> scale(blocks), sum(blocks);
     std::vector<int32_t> isum(blocks);
-    Arena arena(scratch_bytes(columns, rows) + (rows + 32) * (int64_t)columns * 2);
+    Arena arena(scratch_bytes(columns, rows));
     void* scratch = arena.take(scratch_bytes(columns, rows));
-    Activations to{q.data(), scale.data(), sum.data(), isum.data(), nullptr, columns};
-    if (wide) to.wide = (uint16_t*)arena.take((rows + 32) * (int64_t)columns * 2);
+    const Activations to{q.data(), scale.data(), sum.data(), isum.data(), columns};
     for (int r = 0; r < rows; r++) kernels->quantise(x + (int64_t)r * columns, to, r);
     kernels->linear(matrix, 0, matrix.groups, to, rows, out, (int64_t)matrix.groups * LANES, false,
                     scratch);

@@ -19,19 +19,11 @@ class Cutter {
     int64_t used_ = 0;
 };
 
-Activations cut_activations(Cutter& cutter, int64_t rows, int32_t columns, bool wide) {
+Activations cut_activations(Cutter& cutter, int64_t rows, int32_t columns) {
+    rows = (rows + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
     const int64_t blocks = rows * (columns / BLOCK);
-    Activations made{};
-    made.columns = columns;
-    if (wide) {
-        made.wide = cutter.take<uint16_t>((rows + 31) / 32 * 32 * columns);
-    } else {
-        made.q = cutter.take<int8_t>(rows * columns);
-        made.scale = cutter.take<float>(blocks);
-        made.sum = cutter.take<float>(blocks);
-        made.isum = cutter.take<int32_t>(blocks);
-    }
-    return made;
+    return {cutter.take<int8_t>(rows * columns), cutter.take<float>(blocks),
+            cutter.take<float>(blocks), cutter.take<int32_t>(blocks), columns};
 }
 
 void cut(Workspace& space, Cutter& cutter, const Model& model) {
@@ -41,35 +33,26 @@ void cut(Workspace& space, Cutter& cutter, const Model& model) {
     const int32_t narrow = s.hidden > q_size ? s.hidden : (int32_t)q_size;
     const int32_t widest = narrow > s.intermediate ? narrow : s.intermediate;
     const int64_t rows = space.rows;
-    const bool wide = model.kernels.wide_from && rows >= model.kernels.wide_from;
     space.x = cutter.take<float>(rows * s.hidden);
     space.projected = cutter.take<float>(rows * (q_size + 2 * kv_size));
     space.attended = cutter.take<float>(rows * q_size);
     space.rotation = cutter.take<float>(rows * s.head_dim);
-    const int64_t split = threads > rows ? rows : threads;  // tokens whose context is split
-    space.parts = cutter.take<float>(threads * split * q_size);
-    space.part_max = cutter.take<float>(threads * split * s.heads);
-    space.part_weight = cutter.take<float>(threads * split * s.heads);
-    space.scores = cutter.take<float>(threads * model.scores_of_thread(space.context));
-    space.shared = cut_activations(cutter, rows, narrow, false);
-    space.intermediate = cut_activations(cutter, rows, s.intermediate, false);
-    if (wide) {
-        space.shared.wide = cut_activations(cutter, rows, narrow, true).wide;
-        space.intermediate.wide = cut_activations(cutter, rows, s.intermediate, true).wide;
-    }
+    space.parts = cutter.take<float>(space.spans * s.heads * part_record(s.head_dim));
+    space.shared = cut_activations(cutter, rows, narrow);
+    space.intermediate = cut_activations(cutter, rows, s.intermediate);
     space.own.clear(), space.scratch.clear();
     for (int t = 0; t < threads; t++) {
-        space.own.push_back(cut_activations(cutter, FEW_ROWS, narrow, false));
+        space.own.push_back(cut_activations(cutter, FEW_ROWS, narrow));
         space.scratch.push_back(cutter.take<uint8_t>(scratch_bytes(widest, rows)));
     }
 }
 
 }  // namespace
 
-void Workspace::reserve(const Model& model, int32_t wanted_rows, int32_t wanted_context) {
-    if (wanted_rows <= rows && wanted_context <= context) return;
+void Workspace::reserve(const Model& model, int32_t wanted_rows, int64_t wanted_spans) {
+    if (wanted_rows <= rows && wanted_spans <= spans) return;
     if (wanted_rows > rows) rows = wanted_rows;
-    if (wanted_context > context) context = wanted_context + wanted_context / 2 + 64;
+    if (wanted_spans > spans) spans = wanted_spans + wanted_spans / 2 + 16;
     Cutter measure(nullptr);
     cut(*this, measure, model);
     memory.reset();

@@ -1,0 +1,224 @@
+// A token's keys and values as the cache writes them: floats, or few bits in the Hadamard basis.
+//
+// Encoding gives the bits that the codecs of the same names give (kvist.cache.codecs), so a cache may
+// be written by the one and read by the other.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace kvist;
+
+inline int64_t element_bytes(Element element) {
+    return element == F32 ? 4 : element == BF16 ? 2 : 1;
+}
+
+// A token's place: which of a plane's, given how far apart blocks and tokens are.
+struct Place {
+    int64_t block, token;
+
+    Place(const HeadPlane& plane, int position) {
+        if (plane.ring && position >= plane.ring_from)
+            position = plane.ring_from + (position - plane.ring_from) % plane.ring;
+        const int entry = position / plane.block_size;
+        block = plane.table[entry], token = position - entry * plane.block_size;
+    }
+    uint8_t* x(const HeadPlane& plane) const {
+        return (uint8_t*)plane.x +
+               (block * plane.block_stride + token * plane.token_stride) * element_bytes(plane.element);
+    }
+    int64_t scale(const HeadPlane& plane) const {
+        return block * plane.scale_block_stride + token * plane.scale_token_stride;
+    }
+};
+
+// Butterflies between lanes of one vector, STEP apart.
+template <int STEP> inline Floats butterfly(Floats x) {
+    alignas(64) float signs[16];
+    for (int i = 0; i < 16; i++) signs[i] = i & STEP ? -1.f : 1.f;
+    return fma(x, load(signs), swapped<STEP>(x));
+}
+
+// x H for Sylvester's matrix of +1 and -1, over blocks of the largest power of two in head_dim.
+inline void hadamard(float* x, int head_dim, float factor) {
+    const int block = head_dim & -head_dim;
+    for (int i = 0; i < head_dim; i += 16) {
+        Floats v = load(x + i);
+        v = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v))));
+        store(x + i, v * splat(factor));
+    }
+    for (int step = 16; step < block; step *= 2)
+        for (int i = 0; i < head_dim; i += 2 * step)
+            for (int j = i; j < i + step; j += 16) {
+                const Floats a = load(x + j), b = load(x + j + step);
+                store(x + j, a + b);
+                store(x + j + step, a - b);
+            }
+}
+
+inline int doublings(int head_dim) { return __builtin_ctz((unsigned)head_dim); }
+
+[[maybe_unused]] void unrotate(float* x, int head_dim) {
+    const int n = doublings(head_dim);
+    hadamard(x, head_dim, 1.f / (float)(1 << (n - n / 2)));
+}
+
+// Into the Hadamard basis; first rounded so far that the sums are exact, as rotate_exactly does.
+inline void rotate_exactly(float* x, int head_dim) {
+    const int n = doublings(head_dim), bits = 24 - n;
+    float largest = 0;
+    for (int i = 0; i < head_dim; i++) {
+        const float size = __builtin_fabsf(x[i]);
+        if (!(size <= largest)) largest = size;
+        if (size != size) break;
+    }
+    int shift = bits + 126 - (int)(float_to_bits(largest) >> 23);
+    shift = shift > 126 ? 126 : shift;
+    const float there = bits_to_float((uint32_t)(shift + 127) << 23);
+    const float back = bits_to_float((uint32_t)(127 - shift) << 23);
+    for (int i = 0; i < head_dim; i += 16) store(x + i, round(load(x + i) * splat(there)));
+    hadamard(x, head_dim, 1.f / (float)(1 << n / 2));
+    for (int i = 0; i < head_dim; i += 16) store(x + i, load(x + i) * splat(back));
+}
+
+constexpr float LARGEST_HALF = 65504.f;
+
+inline uint16_t clamped_half(float x) {
+    if (x > LARGEST_HALF) x = LARGEST_HALF;
+    if (x < -LARGEST_HALF) x = -LARGEST_HALF;
+    return float_to_half(x);
+}
+
+inline void encode_i8(const float* y, int head_dim, int8_t* x, uint16_t* scale) {
+    float most = 0;
+    for (int i = 0; i < head_dim; i++) {
+        const float size = __builtin_fabsf(y[i]);
+        if (!(size <= most)) most = size;
+        if (size != size) break;
+    }
+    *scale = clamped_half(most / 127.f);
+    const float step = half_to_float(*scale);
+    for (int i = 0; i < head_dim; i++) {
+        float number = step > 0 ? __builtin_rintf(y[i] / step) : 0.f;
+        number = number > 127.f ? 127.f : number < -127.f ? -127.f : number;
+        x[i] = (int8_t)(number == number ? number : 0.f);
+    }
+}
+
+inline void encode_u4(const float* y, int head_dim, int group, uint8_t* x, uint16_t* scales,
+                      uint16_t* zeros) {
+    uint8_t numbers[MOST_HEAD_DIM];
+    for (int g = 0, at = 0; at < head_dim; g++, at += group) {
+        const int size = head_dim - at < group ? head_dim - at : group;
+        float low = y[at], high = y[at];
+        for (int i = 1; i < size; i++) {
+            low = y[at + i] < low ? y[at + i] : low;
+            high = y[at + i] > high ? y[at + i] : high;
+        }
+        const float step = (high - low) / 15.f;
+        double itself = 0, total = 0, dotted = 0;
+        for (int i = 0; i < size; i++) {
+            float number = step > 0 ? __builtin_rintf((y[at + i] - low) / step) : 0.f;
+            number = number > 15.f ? 15.f : number > 0.f ? number : 0.f;
+            numbers[at + i] = (uint8_t)number;
+            const double wide = y[at + i];
+            itself += wide * wide, dotted += wide * number, total += wide;
+        }
+        const double read_back = step * dotted + low * total;
+        const double stretch = read_back > 0 ? itself / read_back : 1.0;
+        scales[g] = clamped_half((float)(step * stretch));
+        zeros[g] = clamped_half((float)(low * stretch));
+        // NaN must stay NaN; the comparisons above let it pass.
+        for (int i = 0; i < size; i++)
+            if (y[at + i] != y[at + i]) scales[g] = 0x7e00;
+    }
+    for (int i = 0; i < head_dim / 2; i++)
+        x[i] = (uint8_t)(numbers[i] | numbers[i + head_dim / 2] << 4);
+}
+
+[[maybe_unused]] void store_token(const HeadPlane& plane, int position, const float* x,
+                                  int head_dim) {
+    const Place place(plane, position);
+    uint8_t* to = place.x(plane);
+    if (plane.element == F32) {
+        memcpy(to, x, (size_t)head_dim * 4);
+        return;
+    }
+    if (plane.element == BF16) {
+        for (int i = 0; i < head_dim; i++) ((uint16_t*)to)[i] = float_to_bf16(x[i]);
+        return;
+    }
+    alignas(64) float y[MOST_HEAD_DIM];
+    for (int i = 0; i < head_dim; i++) y[i] = plane.centre ? x[i] - plane.centre[i] : x[i];
+    rotate_exactly(y, head_dim);
+    const int64_t at = place.scale(plane);
+    if (plane.element == I8) encode_i8(y, head_dim, (int8_t*)to, plane.scale + at);
+    else encode_u4(y, head_dim, plane.group, to, plane.scale + at, plane.zero + at);
+}
+
+// One token of any kind but F32 as floats.
+inline void read_token(const HeadPlane& plane, const Place& place, int head_dim, float* out) {
+    const uint8_t* x = place.x(plane);
+    if (plane.element == BF16) {
+        for (int i = 0; i < head_dim; i += 16) store(out + i, load_bf16((const uint16_t*)x + i));
+        return;
+    }
+    const int64_t at = place.scale(plane);
+    if (plane.element == I8) {
+        const Floats scale = splat(half_to_float(plane.scale[at]));
+        for (int i = 0; i < head_dim; i += 16)
+            store(out + i, load_i8((const int8_t*)x + i) * scale);
+        return;
+    }
+    const int half = head_dim / 2;
+    Floats scale[MOST_HEAD_DIM / 16], zero[MOST_HEAD_DIM / 16];  // of each run of 16 channels
+    for (int i = 0; i < head_dim; i += 16) {
+        if (i % plane.group) {
+            scale[i / 16] = scale[i / 16 - 1], zero[i / 16] = zero[i / 16 - 1];
+            continue;
+        }
+        scale[i / 16] = splat(half_to_float(plane.scale[at + i / plane.group]));
+        zero[i / 16] = splat(half_to_float(plane.zero[at + i / plane.group]));
+    }
+    if (half % 16 == 0) {
+        for (int i = 0; i < half; i += 16) {
+            Floats low, high;
+            load_nibbles(x + i, low, high);
+            store(out + i, fma(low, scale[i / 16], zero[i / 16]));
+            store(out + half + i, fma(high, scale[(half + i) / 16], zero[(half + i) / 16]));
+        }
+        return;
+    }
+    for (int i = 0; i < half; i++) out[i] = (float)(x[i] & 15), out[half + i] = (float)(x[i] >> 4);
+    for (int i = 0; i < head_dim; i += 16)
+        store(out + i, fma(load(out + i), scale[i / 16], zero[i / 16]));
+}
+
+// The tokens at `count` positions from `from` on, 16 at most, as floats: pointers to them where they
+// lie, or to `space`, [16, head_dim]. Pointers from `count` on repeat the last.
+inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_dim, float* space,
+                         const float** out) {
+    const bool one_block =
+        !plane.ring && from / plane.block_size == (from + count - 1) / plane.block_size;
+    const int64_t bytes = head_dim * element_bytes(plane.element);
+    Place place(plane, from);
+    for (int i = 0; i < 16; i++) {
+        if (i >= count) {
+            out[i] = out[count - 1];
+            continue;
+        }
+        if (i && one_block) place.token++;
+        else if (i) place = Place(plane, from + i);
+        const uint8_t* x = place.x(plane);
+        for (int64_t line = 0; line < bytes; line += 64) prefetch(x + 4096 + line);
+        if (plane.element == F32) {
+            out[i] = (const float*)x;
+        } else {
+            read_token(plane, place, head_dim, space + i * head_dim);
+            out[i] = space + i * head_dim;
+        }
+    }
+}
+
+}  // namespace
