@@ -478,7 +478,6 @@ def bench_steps(names: Iterable[str]) -> None:
     """Decode steps and an 8192-token prefill, whole: checked against the model's own step."""
     from kvist.cache import Batch
     from kvist.runner.fused import FusedStep
-    from kvist.runner.graphs import graphed
     from kvist.runner.step import model_step
 
     for name in names:
@@ -497,20 +496,14 @@ def bench_steps(names: Iterable[str]) -> None:
             note(what="model's own step", model=name, rows=rows, error=relative(expected, exact))
             for dependent in (False, True):
                 try:
-                    step = graphed(FusedStep(lm, dependent=dependent), pool)
-                    began = time.time()
-                    logits = step(batch, binding).clone()
-                    torch.cuda.synchronize()
-                    record_s = time.time() - began
-                    again = step(batch, binding).clone()
-                    ms = replay_ms(lambda s=step, b=batch, c=binding: s(b, c), 30)
-                    recording = next(iter(step._recordings.values()))
-                    gpu_ms = replay_ms(recording.graph.replay, 30)
+                    step = FusedStep(lm, dependent=dependent)
+                    logits, again = step(batch, binding), step(batch, binding)
+                    gpu_ms = graph_ms(lambda s=step, b=batch, c=binding: s(b, c), 30)
                     note(what="decode step", model=name, rows=rows, context=context,
-                         dependent=dependent, ms=ms, gpu_ms=gpu_ms, tok_s=rows / gpu_ms * 1e3,
+                         dependent=dependent, gpu_ms=gpu_ms, tok_s=rows / gpu_ms * 1e3,
                          floor_ms=floor, error=relative(logits, exact),
                          same_argmax=float((logits.argmax(-1) == exact.argmax(-1)).float().mean()),
-                         same_bits=bool(logits.equal(again)), record_s=record_s)  # fmt: skip
+                         same_bits=bool(logits.equal(again)))  # fmt: skip
                 except Exception as error:
                     traceback.print_exc()
                     note(what="decode step", model=name, rows=rows, error=repr(error)[:300])

@@ -27,6 +27,7 @@ from kvist.core.tables import CacheGroup
 from kvist.errors import ConfigError
 from kvist.loading.model import Model
 from kvist.runner.executors import choose_step
+from kvist.runner.graphs import can_record
 from kvist.runner.memory import available_memory
 from kvist.runner.runner import PagedRunner
 from kvist.runner.step import StepFunction
@@ -50,6 +51,7 @@ class EngineConfig:
         speculate: guess up to this many tokens a step from what a sequence said before.
         attention: a name in `kvist.attention.BACKENDS`, or "auto".
         overlap: plan and launch a step before the last one was read; None: on a GPU.
+        graphs: record decode steps and replay them, on a GPU with an executor that allows it.
     """
 
     codec: str | Codec = "plain"
@@ -64,6 +66,7 @@ class EngineConfig:
     speculate: int = 0
     attention: str = "auto"
     overlap: bool | None = None
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         """Refuse sizes that could hold nothing."""
@@ -136,6 +139,7 @@ class Engine:
     def _open_books(self) -> None:
         """Scheduler, block manager and runner over the pool: nothing runs, nothing is cached."""
         model, config = self.model, self.config
+        backend = check_backend(config.attention)
         manager = PagedBlockManager(
             self._groups,
             config.block_size,
@@ -159,7 +163,8 @@ class Engine:
             self.pool,
             vocab_size=model.config.vocab_size,
             step=self._step,
-            backend=check_backend(config.attention),
+            record=config.graphs and can_record(self._step, self.pool, backend),
+            backend=backend,
             encode=None if model.vision is None else self._encode,
             mask_of=self._mask_of,
         )

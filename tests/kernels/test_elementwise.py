@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kvist.kernels.elementwise import rms_norm, rotate_and_write, silu_mul
+from kvist.kernels.elementwise import Target, rms_norm, rotate_and_write, silu_mul
 from kvist.models.rope import RopeConfig, RotaryEmbedding, rope_frequencies, rotate
 
 EPS = 1e-6
@@ -44,8 +44,8 @@ def test_rotary_equals_the_models_and_writes_where_it_is_told(normalised, placed
         EPS,
         (angles.cos(), angles.sin()),
         q,
-        planes[0],
-        planes[1],
+        Target(planes[0]),
+        Target(planes[1]),
         places if placed else None,
     )
     parts = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)

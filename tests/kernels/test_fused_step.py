@@ -1,4 +1,4 @@
-"""The fused step gives the model's own logits, prefilling and decoding, and replayed as a graph."""
+"""The fused step gives the model's own logits, prefilling and decoding."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from kvist.errors import NotSupported
 from kvist.models.decoder import Decoder
 from kvist.models.registry import family_of
 from kvist.runner.fused import FusedStep
-from kvist.runner.graphs import graphed
 from kvist.runner.step import StepFunction, model_step
 
 CONFIG = {
@@ -75,20 +74,6 @@ def test_fused_step_gives_the_models_logits(family, prompts, device):
     ours = run(FusedStep(model), paged(model, len(prompts), device), prompts, device, "triton")
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three rows", "one row"])
-def test_graphed_step_gives_the_same_bits(prompts, device):
-    if device.type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
-    model = tiny(device, **SLIDING)
-    cache = paged(model, len(prompts), device)
-    step = graphed(FusedStep(model), cache.pool, buckets=(1, 4))
-    ours = run(step, cache, prompts, device)
-    expected = run(FusedStep(model), paged(model, len(prompts), device), prompts, device)
-    if len(prompts) == 1:
-        assert all(a.equal(b) for a, b in zip(ours, expected, strict=True))
-    assert all((a - b).abs().max() < 1e-3 for a, b in zip(ours, expected, strict=True))
 
 
 def test_models_that_the_kernels_do_not_know_are_refused(device):

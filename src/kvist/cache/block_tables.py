@@ -78,9 +78,12 @@ class BlockTables:
             the block table `[B, max_blocks]` int32, of which the first `width` columns count, and
             the slot mapping `[N]` int64: the place in the pool that each new token is written to.
         """
-        table = self._table[: slots.shape[0]]
+        table, slot_mapping = self.buffers(slots.shape[0], positions.shape[0])
         table[:, :width] = self.device_table[:, :width].index_select(0, slots)
-        slot_mapping = self._slot_mapping[: positions.shape[0]]
         blocks = table[rows, positions // block_size].long()
         torch.add(blocks * block_size, positions % block_size, out=slot_mapping)
         return table, slot_mapping
+
+    def buffers(self, sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """What `bind` fills: a table `[sequences, max_blocks]` and a slot mapping `[tokens]`."""
+        return self._table[:sequences], self._slot_mapping[:tokens]

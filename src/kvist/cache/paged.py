@@ -150,6 +150,20 @@ class PagedPool:
         kv_lens, query_starts = self._per_sequence[1, :count], self._per_sequence[2, : count + 1]
         return PagedBinding(self.group_of, batch, backend, views, kv_lens, query_starts)
 
+    def bind_unfilled(self, batch: Batch, *, backend: str | None = None) -> PagedBinding:
+        """The view of a step whose lengths, tables and places somebody else fills on the device.
+
+        For recordings of a step: those buffers, each a prefix of the pool's own, are the same for
+        every step of as many sequences and tokens.
+        """
+        count = batch.num_sequences
+        views = tuple(
+            GroupView(pool, tables, batch, *tables.buffers(count, batch.num_tokens))
+            for pool, tables in zip(self.pools, self.tables, strict=True)
+        )
+        kv_lens, query_starts = self._per_sequence[1, :count], self._per_sequence[2, : count + 1]
+        return PagedBinding(self.group_of, batch, backend, views, kv_lens, query_starts)
+
     def reserve(
         self, num_blocks: Sequence[int], max_slots: int, max_blocks: int, max_tokens: int
     ) -> bool:

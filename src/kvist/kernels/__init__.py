@@ -23,8 +23,8 @@ def interpreted() -> bool:
 
 
 @cache
-def _is_new_enough(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def can_run(device: torch.device) -> bool:
@@ -36,4 +36,9 @@ def can_run(device: torch.device) -> bool:
         return False
     if device.type != "cuda":
         return device.type == "cpu" and interpreted()
-    return torch.version.cuda is not None and _is_new_enough(device.index or 0)
+    return torch.version.cuda is not None and _capability(device.index or 0) >= (8, 0)
+
+
+def can_launch_early(device: torch.device) -> bool:
+    """Whether a kernel may start before the one before it has ended (dependent launch)."""
+    return device.type == "cuda" and _capability(device.index or 0) >= (9, 0)

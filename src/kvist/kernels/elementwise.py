@@ -1,5 +1,7 @@
 """Norms, rotary with cache write, and SwiGLU, each in one launch. Imports Triton."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -49,16 +51,44 @@ def rms_norm(
     )
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where one side of a layer is written.
+
+    Args:
+        values: `[places, kv_heads, ...]`, in the format of `kind`.
+        kind: a number format of `encode_kernels`.
+        scales: of the formats that have them, `[places, kv_heads, ...]` float16.
+        zeros: INT4's, like the scales.
+    """
+
+    values: Tensor
+    kind: int = 0
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As the kernel takes them; what a format lacks is never looked at."""
+        values = self.values
+        return (
+            values,
+            values if self.scales is None else self.scales,
+            values if self.zeros is None else self.zeros,
+        )
+
+
 def rotate_and_write(
     qkv: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
     rotation: tuple[Tensor, Tensor],
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Target,
+    values: Target,
     places: Tensor | None,
     *,
+    mean: Tensor | None = None,
     dependent: bool = False,
 ) -> None:
     """Normalise q and k per head, rotate them, and write k and v to where they are kept.
@@ -68,14 +98,15 @@ def rotate_and_write(
         norms: weights of q's and k's RMSNorm, each `[head_dim]`.
         eps: of those norms.
         rotation: cos and sin, each `[N, head_dim / 2]` float32.
-        q: `[N, heads, head_dim]`, written.
-        keys: `[places, kv_heads, head_dim]`, a plane, or `[N, kv_heads, head_dim]`; written.
+        q: `[N, heads, head_dim]`, written; in the Hadamard basis where keys are in integers.
+        keys: planes, or with PLAIN any `[N, kv_heads, head_dim]`; written.
         values: likewise.
         places: `[N]` int64, where in the planes; None writes row by row.
+        mean: `[kv_heads, head_dim]` float32, taken away from keys before they are encoded.
         dependent: programmatic dependent launch.
     """
     num_tokens, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads = keys.values.shape[1]
     q_norm, k_norm = norms or (qkv, qkv)
     rotary_kernel[(heads + 2 * kv_heads, num_tokens)](
         qkv,
@@ -84,14 +115,19 @@ def rotate_and_write(
         *rotation,
         qkv if places is None else places,
         q,
-        keys,
-        values,
+        *keys.pointers,
+        qkv if mean is None else mean,
+        *values.pointers,
         eps,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
+        DOUBLINGS=head_dim.bit_length() - 1,
         NORM=norms is not None,
         PLACED=places is not None,
+        CENTRED=mean is not None,
+        K_KIND=keys.kind,
+        V_KIND=values.kind,
         DEPENDENT=dependent,
         num_warps=1,
         **dependent_launch(dependent),

@@ -8,6 +8,8 @@ All arithmetic is float32, whatever the tensors' dtype. Launched by elementwise.
 import triton
 import triton.language as tl
 
+from kvist.kernels.encode_kernels import INT8, PLAIN, rotate_halves, store_encoded
+
 
 @triton.jit
 def norm_kernel(
@@ -50,16 +52,28 @@ def rotary_kernel(
     places_ptr,
     q_ptr,
     k_ptr,
+    k_scale_ptr,
+    k_zero_ptr,
+    mean_ptr,
     v_ptr,
+    v_scale_ptr,
+    v_zero_ptr,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
     NORM: tl.constexpr,
     PLACED: tl.constexpr,
+    CENTRED: tl.constexpr,
+    K_KIND: tl.constexpr,
+    V_KIND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One (head of q, k or v, token): q and k normalised and rotated, k and v to their places."""
+    """One (head of q, k or v, token): q and k normalised and rotated, k and v to their places.
+
+    k and v are written in the format of their planes, q in the basis of k's.
+    """
     h = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -72,9 +86,22 @@ def rotary_kernel(
     b = tl.load(source + HALF + i)
     if h >= HEADS + KV_HEADS:
         place = tl.load(places_ptr + token) if PLACED else token
-        target = v_ptr + (place * KV_HEADS + h - HEADS - KV_HEADS) * HEAD_DIM
-        tl.store(target + i, a.to(v_ptr.dtype.element_ty))
-        tl.store(target + HALF + i, b.to(v_ptr.dtype.element_ty))
+        row = place * KV_HEADS + h - HEADS - KV_HEADS
+        if V_KIND == PLAIN:
+            tl.store(v_ptr + row * HEAD_DIM + i, a.to(v_ptr.dtype.element_ty))
+            tl.store(v_ptr + row * HEAD_DIM + HALF + i, b.to(v_ptr.dtype.element_ty))
+        else:
+            store_encoded(
+                a.to(tl.float32),
+                b.to(tl.float32),
+                v_ptr,
+                v_scale_ptr,
+                v_zero_ptr,
+                row,
+                HEAD_DIM,
+                DOUBLINGS,
+                V_KIND,
+            )
     else:
         x = a.to(tl.float32)
         y = b.to(tl.float32)
@@ -90,14 +117,39 @@ def rotary_kernel(
         first = x * cos - y * sin
         second = y * cos + x * sin
         if h < HEADS:
+            if K_KIND >= INT8:
+                first, second = rotate_halves(first, second, HALF, DOUBLINGS)
+                inverse: tl.constexpr = 1.0 / (1 << (DOUBLINGS - DOUBLINGS // 2))
+                first = first * inverse
+                second = second * inverse
             target = q_ptr + (token * HEADS + h) * HEAD_DIM
             tl.store(target + i, first.to(q_ptr.dtype.element_ty))
             tl.store(target + HALF + i, second.to(q_ptr.dtype.element_ty))
         else:
             place = tl.load(places_ptr + token) if PLACED else token
-            target = k_ptr + (place * KV_HEADS + h - HEADS) * HEAD_DIM
-            tl.store(target + i, first.to(k_ptr.dtype.element_ty))
-            tl.store(target + HALF + i, second.to(k_ptr.dtype.element_ty))
+            row = place * KV_HEADS + h - HEADS
+            if K_KIND == PLAIN:
+                tl.store(k_ptr + row * HEAD_DIM + i, first.to(k_ptr.dtype.element_ty))
+                tl.store(k_ptr + row * HEAD_DIM + HALF + i, second.to(k_ptr.dtype.element_ty))
+            else:
+                # As the codec is given them: in the model's own dtype.
+                first = first.to(qkv_ptr.dtype.element_ty).to(tl.float32)
+                second = second.to(qkv_ptr.dtype.element_ty).to(tl.float32)
+                if CENTRED:
+                    mean = mean_ptr + (h - HEADS) * HEAD_DIM
+                    first -= tl.load(mean + i)
+                    second -= tl.load(mean + HALF + i)
+                store_encoded(
+                    first,
+                    second,
+                    k_ptr,
+                    k_scale_ptr,
+                    k_zero_ptr,
+                    row,
+                    HEAD_DIM,
+                    DOUBLINGS,
+                    K_KIND,
+                )
 
 
 @triton.jit

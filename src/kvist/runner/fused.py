@@ -6,22 +6,33 @@ residual stream. Nothing in a step waits for the device, so decoding can be capt
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvist.attention import attend
-from kvist.attention.kernels import NAME, PLAIN, read_format, supports, triton_attention
+from kvist.attention.kernels import (
+    NAME,
+    Format,
+    read_encoding,
+    read_formats,
+    supports,
+    triton_attention,
+)
 from kvist.cache import Batch, KVCache
+from kvist.cache.codecs.rotation import rotate
 from kvist.cache.paged_view import GroupView, PagedBinding, PagedKV
-from kvist.cache.protocol import KV, SIDES
+from kvist.cache.protocol import KV
 from kvist.errors import NotSupported
-from kvist.kernels import can_run
+from kvist.kernels import can_launch_early, can_run
 from kvist.models.decoder import Block, Decoder, GatedMLP, RMSNorm
 from kvist.models.rope import rope_frequencies
 from kvist.runner.step import StepFunction, model_step
+
+if TYPE_CHECKING:
+    from kvist.kernels.elementwise import Target
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [N, head_dim / 2] float32
 
@@ -47,29 +58,46 @@ def _layer_weights(block: Block) -> LayerWeights:
         norms = (attention.q_norm.weight.data, attention.k_norm.weight.data)
     return LayerWeights(
         block.input_layernorm.weight.data,
-        torch.cat([p.weight.data for p in (attention.q_proj, attention.k_proj, attention.v_proj)]),
+        _joined(attention.q_proj, attention.k_proj, attention.v_proj),
         norms,
         attention.o_proj.weight.data,
         block.post_attention_layernorm.weight.data,
-        torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data]),
+        _joined(mlp.gate_proj, mlp.up_proj),
         mlp.down_proj.weight.data,
     )
+
+
+def _joined(*linears: nn.Linear) -> Tensor:
+    """Weights as one matrix, of which each layer's becomes a part: no memory is taken twice."""
+    weights = [linear.weight.data for linear in linears]
+    rows, first = sum(len(w) for w in weights), weights[0]
+    ends = [w.data_ptr() + w.nbytes for w in weights]
+    one = first.untyped_storage().data_ptr()
+    if all(w.untyped_storage().data_ptr() == one for w in weights) and all(
+        end == w.data_ptr() for end, w in zip(ends, weights[1:], strict=False)
+    ):
+        return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    whole = torch.cat(weights)
+    for linear, part in zip(linears, whole.split([len(w) for w in weights]), strict=True):
+        linear.weight.data = part
+    return whole
 
 
 class FusedStep:
     """A decoder's forward over a paged cache; any other batch goes through the model itself.
 
-    Keeps copies of the q, k, v, gate and up projections, so that each pair or triple is one
-    matrix; everything else is the model's own memory.
+    The q, k and v projections of a layer, and gate and up, are brought together in memory, so that
+    each triple or pair can be read as one matrix; the model's own layers then read their parts.
 
     Args:
         lm: a dense decoder without biases (Llama, Qwen3), on a device that runs kernels.
         dependent: start each kernel of a decode step before the one before has ended
-            (programmatic dependent launch, from compute capability 9.0 on).
+            (programmatic dependent launch, from compute capability 9.0 on); None: where it was
+            measured to help, in steps of one token.
     """
 
-    def __init__(self, lm: Decoder, *, dependent: bool = False) -> None:
-        """Copy what has to be copied."""
+    def __init__(self, lm: Decoder, *, dependent: bool | None = None) -> None:
+        """Bring together what is read together."""
         config = lm.config
         blocks = [block for block in lm.model.layers if isinstance(block, Block)]
         dense = all(isinstance(block.mlp, GatedMLP) for block in blocks)
@@ -78,7 +106,11 @@ class FusedStep:
         device = lm.lm_head.weight.device
         if not can_run(device) or config.head_dim % 2:
             raise NotSupported(f"fused kernels do not run on {device}; use the model's own step")
-        self.lm, self.config, self.dependent = lm, config, dependent
+        self.lm, self.config = lm, config
+        # Of one row, of a few rows.
+        self.dependent = (
+            (can_launch_early(device), False) if dependent is None else (dependent,) * 2
+        )
         self.layers = [_layer_weights(block) for block in blocks]
         self.fallback: StepFunction = model_step(lm)
         self.frequencies = rope_frequencies(config.rope).to(device)
@@ -106,7 +138,7 @@ class FusedStep:
         from kvist.kernels.linear import gemv
         from kvist.runner.tuning import gemv_tuning
 
-        config, eps, dependent = self.config, self.config.rms_norm_eps, self.dependent
+        config, eps, dependent = self.config, self.config.rms_norm_eps, self.dependent[0]
         x = embeddings.float()
         like: dict[str, Any] = {"dtype": embeddings.dtype, "device": x.device}
         normed: dict[str, Any] = {"eps": eps, "dependent": dependent}
@@ -140,7 +172,7 @@ class FusedStep:
 
         config, eps = self.config, self.config.rms_norm_eps
         few = embeddings.shape[0] <= MOST_ROWS
-        dependent = self.dependent and few
+        dependent = self.dependent[1] and few
         dtype, device = embeddings.dtype, embeddings.device
 
         def product(y: Tensor, w: Tensor, *, residual: bool = False) -> Tensor:
@@ -174,7 +206,9 @@ class FusedStep:
             delta = product(act, layer.down, residual=True)
         assert delta is not None
         rows = batch.logit_rows
-        picked, last = x.index_select(0, rows), delta.index_select(-2, rows)
+        picked, last = x, delta
+        if rows.shape[0] != batch.num_sequences or batch.num_sequences != batch.num_tokens:
+            picked, last = x.index_select(0, rows), delta.index_select(-2, rows)
         hidden = torch.empty(rows.shape[0], config.hidden_size, dtype=dtype, device=device)
         if rows.shape[0]:
             rms_norm(picked, self.lm.model.norm.weight, eps, hidden, last)
@@ -184,21 +218,20 @@ class FusedStep:
         self, layer_idx: int, qkv: Tensor, rotation: Rotation, cache: PagedBinding, dependent: bool
     ) -> Tensor:
         """Normalise, rotate, write, attend: `[N, heads * head_dim]`."""
-        from kvist.kernels.elementwise import rotate_and_write
+        from kvist.kernels.elementwise import Target, rotate_and_write
 
         config, layer = self.config, self.layers[layer_idx]
         count = qkv.shape[0]
         like: dict[str, Any] = {"dtype": qkv.dtype, "device": qkv.device}
         q = torch.empty(count, config.num_heads, config.head_dim, **like)
         view = _view_of(cache, layer_idx)
-        planes = view.pool.planes[layer_idx]
-        read = read_format(planes["key"], config.head_dim)
-        in_place = read is not None and read.kind == PLAIN
-        if in_place:
-            # [blocks * block_size, kv_heads, head_dim]
-            keys, values = (planes[side]["x"].flatten(0, 1) for side in SIDES)
+        formats = read_formats(view.pool.planes[layer_idx], view.pool.group.spec)
+        encoding = formats and read_encoding(view.pool.codec, layer_idx, config.head_dim)
+        if formats and encoding:
+            keys, values = (_target(side) for side in formats)
         else:
-            keys, values = torch.empty(2, count, config.num_kv_heads, config.head_dim, **like)
+            room = torch.empty(2, count, config.num_kv_heads, config.head_dim, **like)
+            keys, values = Target(room[0]), Target(room[1])
         rotate_and_write(
             qkv,
             layer.head_norms,
@@ -207,18 +240,34 @@ class FusedStep:
             q,
             keys,
             values,
-            view.slot_mapping if in_place else None,
+            view.slot_mapping if encoding else None,
+            mean=encoding.mean if encoding else None,
             dependent=dependent,
         )
-        if in_place:
+        if encoding:
             cache.written.add(layer_idx)
             kv: KV = PagedKV(cache, view, layer_idx)
         else:
-            kv = cache.update(keys, values, layer_idx)
+            kv = cache.update(keys.values, values.values, layer_idx)
         scale = config.head_dim**-0.5
         if kv.backend in (None, NAME) and supports(kv):
-            return triton_attention(q, kv, scale, dependent=dependent).flatten(1)
+            attended = triton_attention(q, kv, scale, dependent=dependent, encoding=encoding)
+            return attended.flatten(1)
+        if encoding and encoding.keys_rotated:
+            q = rotate(q)
         return attend(q, kv, scale=scale).flatten(1)
+
+
+def _target(planes: Format) -> "Target":
+    """Where one side of a layer is written, by token place."""
+    from kvist.kernels.elementwise import Target
+
+    return Target(
+        planes.values.flatten(0, 1),
+        planes.kind,
+        None if planes.scales is None else planes.scales.flatten(0, 1),
+        None if planes.zeros is None else planes.zeros.flatten(0, 1),
+    )
 
 
 def _view_of(cache: PagedBinding, layer_idx: int) -> GroupView:

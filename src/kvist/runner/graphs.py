@@ -1,163 +1,230 @@
-"""Decode steps as CUDA graphs: recorded once for each size of batch, then replayed in one launch.
+"""Decode steps as CUDA graphs: from the host's numbers to the sampled tokens in one launch.
 
-For steps whose kernels read lengths, tables and places from the paged pool's own buffers, which
-stay where they are from step to step (`FusedStep`). Prefill, mixed and too large steps go through
-unchanged. Recording is lazy, so that start-up stays short.
+Each size of batch is recorded when it is first met, so that start-up stays short, and then
+replayed. A recording takes its rows from one upload, its keys' places from the pool's tables, its
+tokens from where the last step left them, and leaves the sampled ones there: a step needs nothing
+that the host would have to wait for. Steps that prefill are not recorded. Made by the runner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvist.cache import Batch, KVCache
+from kvist.attention.kernels import NAME, read_formats
+from kvist.cache import Batch
 from kvist.cache.paged import PagedPool
-from kvist.cache.paged_view import GroupView, PagedBinding
+from kvist.core.params import ResolvedParams
+from kvist.core.plan import PlanRow
+from kvist.runner.fused import FusedStep
+from kvist.runner.sampler import kernel_params
 from kvist.runner.step import StepFunction
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 # Kernels launch as many splits of the context as the longest of a bucket has.
-CONTEXTS = (256, 16384, 65536, 262144)
+CONTEXTS = (256, 1024, 16384, 65536, 262144)
+
+Kind = Literal["logits", "greedy", "drawn", "filtered"]
+
+# Rows of an upload: token, position, slot; temperature, k, p, min-p, uniform.
+_ROWS, _PARAMS = 8, slice(3, 8)
+_UPLOADS = 4  # that may be on their way
+
+
+def can_record(step: StepFunction, pool: PagedPool, backend: str | None = None) -> bool:
+    """Whether this step, bound to this pool, can be replayed.
+
+    It must find lengths, tables and places on the device, and so must attention: other kernels
+    would be recorded with the lengths of one step.
+    """
+    return (
+        isinstance(step, FusedStep)
+        and pool.device.type == "cuda"
+        and backend in (None, NAME)
+        and all(
+            read_formats(planes, blocks.group.spec) is not None
+            for blocks in pool.pools
+            for planes in blocks.planes.values()
+        )
+    )
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """A graph, the buffers that it reads its tokens from, and where it leaves its logits."""
+    """A graph and where it leaves what it computes."""
 
-    graph: torch.cuda.CUDAGraph
-    batch: Batch
-    binding: PagedBinding
-    logits: Tensor
+    replay: Callable[[], Any]
+    out: Tensor
 
 
-class GraphedStep:
-    """Replays recordings of `step` for decode batches on `pool`; made by `graphed`."""
+class DecodeGraphs:
+    """Recordings of one step function on one pool.
 
-    def __init__(self, step: StepFunction, pool: PagedPool, buckets: Sequence[int]) -> None:
+    Args:
+        step: waits for nothing, and reads lengths, tables and places from the pool (`FusedStep`).
+        pool: whose tables the rows' slots name.
+        last: `[slots + 1]` int64, the token last sampled in each slot; read and written.
+        backend: attention by name.
+        buckets: sizes of batches to record; a batch is padded to the next of them.
+    """
+
+    def __init__(
+        self,
+        step: StepFunction,
+        pool: PagedPool,
+        last: Tensor,
+        *,
+        backend: str | None = None,
+        buckets: Sequence[int] = BUCKETS,
+    ) -> None:
         """Record nothing yet."""
-        self.step, self.pool = step, pool
+        self.step, self.pool, self.last, self.backend = step, pool, last, backend
         limit = min(pool.max_slots, pool.max_tokens)
         self.buckets = sorted({min(b, limit) for b in buckets})
-        self._recordings: dict[tuple[int, int], _Recording] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._recordings: dict[tuple[int, int, Kind], _Recording] = {}
         self._memory: Any = None  # shared by all recordings
+        capacity, on_gpu = self.buckets[-1], pool.device.type == "cuda"
+        self._upload = torch.zeros(_ROWS, capacity, dtype=torch.int64, device=pool.device)
+        # What the host writes for one step must stay until it was copied: uploads take turns.
+        self._sources = [
+            torch.zeros(_ROWS, capacity, dtype=torch.int64, pin_memory=on_gpu)
+            for _ in range(_UPLOADS)
+        ]
+        self._copied: list[torch.cuda.Event | None] = [None] * _UPLOADS
+        self._turn = 0
+        self._params = np.zeros((4, pool.max_slots + 1))  # of each slot; see `admit`
 
-    def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
-        """See `StepFunction`. The logits of a replayed step are overwritten by the next one."""
-        key = self._key(batch, cache)
-        if key is None:
-            return self.step(batch, cache)
-        assert isinstance(cache, PagedBinding)
-        addresses = _addresses(cache)
-        if addresses != self._addresses:  # the pool has grown: what was recorded reads elsewhere
-            self._recordings.clear()
-            self._addresses = addresses
+    def admit(self, slot: int, params: ResolvedParams, vocab_size: int) -> None:
+        """A sequence with these parameters takes the slot."""
+        self._params[:, slot] = kernel_params(params, vocab_size)
+
+    def kind_of(self, rows: Sequence[PlanRow]) -> Kind:
+        """The simplest sampling that serves these rows."""
+        params = self._params[:, [row.slot for row in rows]]
+        drawn = params[0] > 0
+        if not drawn.any():
+            return "greedy"
+        return "filtered" if (drawn & ((params[1] > 0) | (params[2] < 1))).any() else "drawn"
+
+    def fits(self, rows: Sequence[PlanRow]) -> bool:
+        """Whether these rows can be replayed: one known or last sampled token each, no more."""
+        return 0 < len(rows) <= self.buckets[-1] and all(
+            len(row.tokens) == 1 and row.sample and not row.prompt_targets and not row.images
+            for row in rows
+        )
+
+    def run(self, rows: Sequence[PlanRow], kind: Kind) -> Tensor:
+        """Start a step.
+
+        Returns:
+            `[R]` int64, the tokens, -1 where logits were not finite; or for "logits" those,
+            `[R, vocab]`. The next step writes over them.
+        """
+        count, longest = len(rows), 1 + max(row.start for row in rows)
+        bucket = next(b for b in self.buckets if b >= count)
+        context = next((n for n in CONTEXTS if n >= longest), 1 << longest.bit_length())
+        key = bucket, context, kind
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = self._record(key, batch, cache)
-        else:
-            self._fill(recording.batch, recording.binding, batch)
-        recording.graph.replay()
-        cache.written |= recording.binding.written
-        return recording.logits[: batch.num_tokens]
+            recording = self._recordings[key] = self._record(*key)
+        self._send(rows, bucket)
+        recording.replay()
+        return recording.out[:count]
 
-    def _key(self, batch: Batch, cache: KVCache) -> tuple[int, int] | None:
-        """The bucket of rows and of context, or None where the step is not to be replayed."""
-        rows = batch.num_sequences
-        if (
-            not isinstance(cache, PagedBinding)
-            or batch.embeddings is not None
-            or batch.rope_positions is not None
-            or set(batch.query_lens) != {1}
-            or batch.logit_rows.shape[0] != rows
-            or rows > self.buckets[-1]
-        ):
-            return None
-        longest = max(batch.kv_lens)
-        context = next((n for n in CONTEXTS if n >= longest), None)
-        return None if context is None else (next(b for b in self.buckets if b >= rows), context)
-
-    def _fill(self, static: Batch, binding: PagedBinding, batch: Batch) -> None:
-        """Put this step's tokens where the recording reads them; `bind` has done the rest.
-
-        Rows that only pad have no keys (`bind` leaves length 0) and write to the null block.
-        """
-        rows = batch.num_tokens
-        static.token_ids[:rows].copy_(batch.token_ids)
-        static.positions[:rows].copy_(batch.positions)
-        if rows < static.num_tokens:
-            for view in binding.views:
-                view.slot_mapping[rows:].zero_()
+    def _send(self, rows: Sequence[PlanRow], bucket: int) -> None:
+        """Copy the rows to where recordings read them; padding has position -1 and no keys."""
+        source, copied = self._sources[self._turn], self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        count = len(rows)
+        slots = [row.slot for row in rows]
+        numbers = source.numpy()
+        numbers[:, count:bucket] = 0
+        numbers[1, count:bucket] = -1
+        numbers[2, count:bucket] = self.pool.null_slot
+        numbers[0, :count] = [row.tokens[0] for row in rows]
+        numbers[1, :count] = [row.start for row in rows]
+        numbers[2, :count] = slots
+        params = numbers[_PARAMS].view(np.float64)
+        params[:4, :count] = self._params[:, slots]
+        params[4, :count] = [row.uniforms[0] if row.uniforms else 0.0 for row in rows]
+        self._upload.copy_(source, non_blocking=True)
+        if self.pool.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._copied[self._turn] = event
+        self._turn = (self._turn + 1) % _UPLOADS
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _record(self, key: tuple[int, int], batch: Batch, cache: PagedBinding) -> _Recording:
-        """Run the step once, for its kernels to be compiled, then record it.
-
-        Running it more than once is harmless: it writes the same keys to the same places.
-        """
-        rows, context = key
+    def _record(self, bucket: int, context: int, kind: Kind) -> _Recording:
+        """Run the step once on rows that only pad, for its kernels to be compiled; record it."""
         device = self.pool.device
-        static = Batch(
-            token_ids=torch.zeros(rows, dtype=torch.long, device=device),
-            positions=torch.zeros(rows, dtype=torch.long, device=device),
-            query_lens=(1,) * rows,
-            kv_lens=(context,) * rows,
-            logit_rows=torch.arange(rows, device=device),
-            slots=(self.pool.null_slot,) * rows,
-        )
-        views = tuple(
-            GroupView(
-                view.pool,
-                view.tables,
-                static,
-                _first(view.block_table, rows),
-                _first(view.slot_mapping, rows),
-            )
-            for view in cache.views
-        )
-        lens, starts = _first(cache.kv_lens, rows), _first(cache.query_starts, rows + 1)
+        self._send((), bucket)
+        if device.type != "cuda":  # Triton's interpreter: every replay runs it anew
+            out = self._whole_step(bucket, context, kind)
 
-        def bind() -> PagedBinding:
-            return PagedBinding(self.pool.group_of, static, cache.backend, views, lens, starts)
+            def again() -> None:
+                out.copy_(self._whole_step(bucket, context, kind))
 
-        binding = bind()
-        self._fill(static, binding, batch)
+            return _Recording(again, out)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self.step(static, bind())
+            self._whole_step(bucket, context, kind)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits = self.step(static, binding)
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            out = self._whole_step(bucket, context, kind)
         self._memory = graph.pool()
-        return _Recording(graph, static, binding, logits)
+        return _Recording(graph.replay, out)
 
+    def _whole_step(self, bucket: int, context: int, kind: Kind) -> Tensor:
+        """What a recording holds."""
+        from kvist.kernels.inputs import place
+        from kvist.kernels.sampling import sample
 
-def _first(buffer: Tensor, rows: int) -> Tensor:
-    """The first rows of the pool's buffer that `buffer` is a prefix of, perhaps beyond its own."""
-    return buffer.as_strided((rows, *buffer.shape[1:]), buffer.stride())
+        pool, device = self.pool, self.pool.device
+        ids = torch.empty(bucket, dtype=torch.int64, device=device)
+        positions = torch.empty_like(ids)
+        batch = Batch(
+            token_ids=ids,
+            positions=positions,
+            query_lens=(1,) * bucket,
+            kv_lens=(context,) * bucket,
+            logit_rows=self._every_row(bucket),
+            slots=(pool.null_slot,) * bucket,
+        )
+        binding = pool.bind_unfilled(batch, backend=self.backend)
+        for view in binding.views:
+            place(
+                self._upload,
+                self.last,
+                view.tables.device_table,
+                ids,
+                positions,
+                binding.kv_lens,
+                view.block_table,
+                view.slot_mapping,
+                pool.block_size,
+            )
+        logits = self.step(batch, binding)
+        if kind == "logits":
+            return logits
+        out = torch.empty(bucket, dtype=torch.int64, device=device)
+        params = None if kind == "greedy" else self._upload[_PARAMS].view(torch.float64)
+        sample(
+            logits,
+            params,
+            out,
+            filtered=kind == "filtered",
+            slots=self._upload[2],
+            last=self.last,
+        )
+        return out
 
-
-def _addresses(cache: PagedBinding) -> tuple[int, ...]:
-    """Where a recording would read: they change only when a pool grows."""
-    planes = [
-        next(iter(view.pool.planes[view.pool.group.layers[0]]["key"].values()))
-        for view in cache.views
-    ]
-    tables = [view.block_table for view in cache.views]
-    return tuple(t.data_ptr() for t in (cache.kv_lens, *tables, *planes))
-
-
-def graphed(step: StepFunction, pool: PagedPool, buckets: Sequence[int] = BUCKETS) -> StepFunction:
-    """The step as CUDA graphs on this pool; the step itself where there is no CUDA.
-
-    Args:
-        step: asks the device nothing, and reads lengths, tables and places from the pool.
-        pool: the pool that all its batches are bound to.
-        buckets: sizes of batches to record; a batch is padded to the next of them.
-    """
-    return GraphedStep(step, pool, buckets) if pool.device.type == "cuda" else step
+    def _every_row(self, bucket: int) -> Tensor:
+        return torch.arange(bucket, device=self.pool.device)

@@ -7,18 +7,21 @@ somebody asks the ticket for its result.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvist.cache.batch import Batch, int_tensor
 from kvist.cache.paged import PagedPool
+from kvist.core.params import ResolvedParams
 from kvist.core.plan import LAST_SAMPLED, Plan, PlanRow, RowOutput, StepOutput, TokenLogprobs
-from kvist.core.results import TokenLogprob
+from kvist.core.protocols import Ticket
 from kvist.models.decoder import CausalLM
 from kvist.runner.encoder_cache import place_images
 from kvist.runner.follow import Guessed, follow
-from kvist.runner.sampler import Sampler, logprobs_of
+from kvist.runner.graphs import DecodeGraphs
+from kvist.runner.sampler import Sampler, logprobs_later, read_later
 from kvist.runner.step import StepFunction, model_step
 
 NOT_FINITE = (
@@ -35,6 +38,7 @@ class PagedRunner:
         pool: where its keys and values lie.
         vocab_size: width of the logits.
         step: a drop-in for the model's own forward.
+        record: whether decode steps are recorded and replayed (graphs.py); `step` must allow it.
         backend: the attention kernel by name; None lets `attend` choose.
         encode: an image's pixels -> its embeddings `[tokens, hidden]`; None where the model has
             no encoder.
@@ -48,6 +52,7 @@ class PagedRunner:
         *,
         vocab_size: int,
         step: StepFunction | None = None,
+        record: bool = False,
         backend: str | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
         mask_of: Callable[[int], Tensor] | None = None,
@@ -59,15 +64,21 @@ class PagedRunner:
         self.backend = backend
         self.encode = encode
         self.mask_of = mask_of
+        self.vocab_size = vocab_size
         self.sampler = Sampler(vocab_size, pool.device)
         self._ending: dict[int, frozenset[int]] = {}
         self._tops: dict[int, tuple[int | None, int | None]] = {}  # logprobs, prompt_logprobs
         self._images: dict[str, Tensor] = {}
         # The token last sampled in each slot.
         self._last = torch.zeros(pool.max_slots + 1, dtype=torch.long, device=pool.device)
+        # Slots whose sampling a recording can do: nothing but temperature and filters.
+        self._simple: set[int] = set()
+        self._graphs = (
+            DecodeGraphs(self.step, pool, self._last, backend=backend) if record else None
+        )
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> "StepTicket":
+    def execute(self, plan: Plan) -> Ticket:
         """Start a step; see `core.plan` for the order in which a plan's parts count."""
         for slot in plan.released:
             self.sampler.release(slot)
@@ -75,19 +86,29 @@ class PagedRunner:
             self.sampler.admit(new.slot, new.params, new.prompt_ids, new.output_ids)
             self._ending[new.slot] = frozenset(new.ending_ids)
             self._tops[new.slot] = (new.params.logprobs, new.params.prompt_logprobs)
+            (self._simple.add if _is_simple(new.params) else self._simple.discard)(new.slot)
+            if self._graphs is not None:
+                self._graphs.admit(new.slot, new.params, self.vocab_size)
         self.pool.apply(plan.groups, [new.slot for new in plan.admitted])
         for digest in plan.dropped_images:
             self._images.pop(digest, None)
         for image in plan.encodes:
             assert self.encode is not None, "a plan with images for a model without an encoder"
             self._images[image.digest] = self.encode(image.pixels)
-        if not plan.rows:
-            return StepTicket(plan, None, [], [], list, self._tops)
-        batch, targets, samples = self._batch(plan.rows)
-        logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
-        return StepTicket(
-            plan, logits, targets, samples, self._sample(plan.rows, logits, samples), self._tops
-        )
+        rows = plan.rows
+        if not rows:
+            return _Known(StepOutput(plan.step))
+        if self._graphs is None or not self._graphs.fits(rows):
+            batch, targets, samples = self._batch(rows)
+            logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
+        elif all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
+            tokens = self._graphs.run(rows, self._graphs.kind_of(rows))
+            return TokensTicket(plan.step, read_later(tokens))
+        else:
+            logits = self._graphs.run(rows, "logits")
+            targets, samples = [range(0)] * len(rows), [range(i, i + 1) for i in range(len(rows))]
+        drawn = self._sample(rows, logits, samples)
+        return StepTicket(plan, logits, targets, samples, drawn, self._tops)
 
     def _batch(self, rows: Sequence[PlanRow]) -> tuple[Batch, list[range], list[range]]:
         """The step's tensors, and which rows of logits are each row's targets and samples."""
@@ -128,11 +149,11 @@ class PagedRunner:
 
     def _sample(
         self, rows: Sequence[PlanRow], logits: Tensor, samples: Sequence[range]
-    ) -> Callable[[], list[list[int]]]:
-        """Draw the rows' tokens; the function returned reads them."""
+    ) -> "_Drawn":
+        """Draw the rows' tokens."""
         drawing = [(row, places) for row, places in zip(rows, samples, strict=True) if places]
         if not drawing:
-            return list
+            return _Drawn(list, None)
         masks = {
             i: self.mask_of(row.mask)
             for i, (row, _) in enumerate(drawing)
@@ -144,7 +165,7 @@ class PagedRunner:
                 self.sampler, logits, [self._guessed(row, at) for row, at in drawing], masks
             )
             self._last[slots] = int_tensor([tokens[-1] for tokens in drawn], self.pool.device)
-            return lambda: drawn
+            return _Drawn(lambda: drawn, None)
         places = [at[0] for _, at in drawing]
         whole = places == list(range(len(logits)))
         tokens = self.sampler.choose(
@@ -155,7 +176,8 @@ class PagedRunner:
             masks,
         )
         self._last[slots] = tokens
-        return lambda: [[token] for token in tokens.tolist()]
+        read = read_later(tokens)
+        return _Drawn(lambda: [[token] for token in read()], tokens)
 
     def _guessed(self, row: PlanRow, places: range) -> Guessed:
         drafts = row.tokens[len(row.tokens) - row.num_drafts :]
@@ -164,58 +186,138 @@ class PagedRunner:
         )
 
 
+def _is_simple(params: ResolvedParams) -> bool:
+    """Whether sampling needs no more than temperature, filters and a uniform number."""
+    return (
+        params.logprobs is None
+        and not params.logit_bias
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.repetition_penalty == 1.0
+    )
+
+
+class _Drawn(NamedTuple):
+    """Sampled tokens: a function that reads those of each row, and where one a row they are."""
+
+    read: Callable[[], list[list[int]]]
+    tokens: Tensor | None
+
+
+class _Known:
+    """A step that had nothing to compute."""
+
+    def __init__(self, output: StepOutput) -> None:
+        """Its output is known."""
+        self._output = output
+
+    def result(self) -> StepOutput:
+        """See `Ticket`."""
+        return self._output
+
+
+class TokensTicket:
+    """A step of one token a row, -1 where its logits were not finite."""
+
+    def __init__(self, step: int, read: Callable[[], list[int]]) -> None:
+        """`read` waits for the tokens."""
+        self._step, self._read = step, read
+        self._output: StepOutput | None = None
+
+    def result(self) -> StepOutput:
+        """See `Ticket`."""
+        if self._output is None:
+            rows = [
+                RowOutput((token,)) if token >= 0 else RowOutput(fault=NOT_FINITE)
+                for token in self._read()
+            ]
+            self._output = StepOutput(self._step, tuple(rows))
+        return self._output
+
+
 class StepTicket:
-    """A step under way; `result` waits for it, once."""
+    """A step under way; `result` waits for it alone, not for what was started after it."""
 
     def __init__(
         self,
         plan: Plan,
-        logits: Tensor | None,
+        logits: Tensor,
         targets: list[range],
         samples: list[range],
-        read: Callable[[], list[list[int]]],
+        drawn: _Drawn,
         tops: dict[int, tuple[int | None, int | None]],
     ) -> None:
-        """Made by `PagedRunner.execute` alone."""
-        self._plan, self._logits, self._read = plan, logits, read
-        self._targets, self._samples = targets, samples
+        """Queue the copies of all that the output needs: the next step may overwrite the logits."""
+        self._plan, self._targets, self._samples, self._drawn = plan, targets, samples, drawn
+        self._finite: Callable[[], list[bool]] = list
+        if len(logits):
+            self._finite = read_later(logits.amax(-1).isfinite())
         # A later plan may give a slot to another sequence before this one is read.
-        self._tops = [tops[row.slot] for row in plan.rows]
-        self._finite = None if logits is None or not len(logits) else logits.amax(-1).isfinite()
+        asked = [tops[row.slot] for row in plan.rows]
+        self._logprobs = _later(logits, samples, self._chosen(asked), [top for top, _ in asked])
+        self._prompt_logprobs = _later(
+            logits,
+            targets,
+            [
+                int_tensor(row.prompt_targets, logits.device) if row.prompt_targets else None
+                for row in plan.rows
+            ],
+            [top for _, top in asked],
+        )
         self._output: StepOutput | None = None
+
+    def _chosen(self, asked: Sequence[tuple[int | None, int | None]]) -> list[Tensor | None]:
+        """Each row's sampled tokens, where log-probabilities are asked for."""
+        tokens, count = self._drawn.tokens, 0
+        found: list[Tensor | None] = []
+        known = None
+        for places, (top, _) in zip(self._samples, asked, strict=True):
+            if not places or top is None:
+                found.append(None)
+            elif tokens is not None:
+                found.append(tokens[count : count + 1])
+            else:  # guesses were followed, so the tokens have been read
+                known = known or self._drawn.read()
+                found.append(torch.tensor(known[count]))
+            count += bool(places)
+        return found
 
     def result(self) -> StepOutput:
         """What came of the step; a row whose logits are not finite has a fault instead."""
         if self._output is None:
             self._output = StepOutput(self._plan.step, tuple(self._rows()))
-            self._logits = None
         return self._output
 
-    @torch.inference_mode()
     def _rows(self) -> list[RowOutput]:
-        finite = [] if self._finite is None else self._finite.tolist()
-        drawn, outputs = iter(self._read()), []
-        for row, targets, samples, (top, prompt_top) in zip(
-            self._plan.rows, self._targets, self._samples, self._tops, strict=True
-        ):
+        finite, drawn = self._finite(), iter(self._drawn.read())
+        outputs = []
+        for i, (targets, samples) in enumerate(zip(self._targets, self._samples, strict=True)):
             tokens = next(drawn) if samples else []
-            if not all(finite[i] for i in (*targets, *samples)):
+            if not all(finite[place] for place in (*targets, *samples)):
                 outputs.append(RowOutput(fault=NOT_FINITE))
                 continue
-            outputs.append(
-                RowOutput(
-                    tuple(tokens),
-                    self._logprobs(samples[: len(tokens)], tokens, top),
-                    self._logprobs(targets, row.prompt_targets, prompt_top),
-                )
-            )
+            outputs.append(RowOutput(tuple(tokens), self._logprobs(i), self._prompt_logprobs(i)))
         return outputs
 
-    def _logprobs(
-        self, places: range, tokens: Sequence[int], top: int | None
-    ) -> tuple[TokenLogprobs, ...]:
-        if top is None or not places or self._logits is None:
+
+def _later(
+    logits: Tensor,
+    places: Sequence[range],
+    tokens: Sequence[Tensor | None],
+    tops: Sequence[int | None],
+) -> Callable[[int], tuple[TokenLogprobs, ...]]:
+    """Queue the log-probabilities of some rows' tokens; the function returned reads a row's."""
+    reads = {
+        row: logprobs_later(
+            logits[at.start : at.start + len(ids)], ids.to(logits.device), [top] * len(ids)
+        )
+        for row, (at, ids, top) in enumerate(zip(places, tokens, tops, strict=True))
+        if at and ids is not None and top is not None
+    }
+
+    def read(row: int) -> tuple[TokenLogprobs, ...]:
+        if row not in reads:
             return ()
-        rows = self._logits[places.start : places.stop]
-        found: list[TokenLogprob] = logprobs_of(rows, tokens, [top] * len(tokens))
-        return tuple(TokenLogprobs(one.logprob, one.top) for one in found)
+        return tuple(TokenLogprobs(one.logprob, one.top) for one in reads[row]())
+
+    return read

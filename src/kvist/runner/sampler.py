@@ -8,13 +8,16 @@ penalties, temperature, top-k, top-p, min-p. Log-probabilities are the model's o
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvist.cache.batch import int_tensor
 from kvist.core.params import ResolvedParams
 from kvist.core.results import TokenLogprob
 from kvist.errors import NumericalError
+from kvist.kernels import can_run
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Sampler:
         """Make an empty sampler for logits of this width."""
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._by_kernels = self.device.type == "cuda" and can_run(self.device)
         self._slots: dict[int, _Slot] = {}
 
     def admit(
@@ -97,7 +101,9 @@ class Sampler:
         for row, mask in (allowed or {}).items():
             scores = scores.clone() if scores is logits else scores
             scores[row].masked_fill_(~mask, -torch.inf)
-        if all(state.params.greedy for state in states):
+        if self._by_kernels and scores.is_contiguous():
+            tokens = self._launch(scores, [s.params for s in states], uniforms)
+        elif all(state.params.greedy for state in states):
             tokens = scores.argmax(dim=-1)
         else:
             tokens = self._draw(scores, [s.params for s in states], uniforms)
@@ -122,7 +128,7 @@ class Sampler:
             if state.bias is not None:
                 line += state.bias
             if forbidden:
-                line[torch.tensor(sorted(forbidden), device=line.device)] = -torch.inf
+                line[int_tensor(sorted(forbidden), line.device)] = -torch.inf
             params = state.params
             if state.seen is not None:
                 # CTRL (Keskar et al., 2019): divide what is positive, multiply what is negative.
@@ -137,6 +143,23 @@ class Sampler:
                 line -= params.presence_penalty * (state.counts > 0)
         return scores
 
+    def _launch(
+        self, scores: Tensor, params: Rows[ResolvedParams], uniforms: Rows[float]
+    ) -> Tensor:
+        """The same by kernels that never sort; 0 for a row that is not finite."""
+        from kvist.kernels.sampling import sample
+
+        tokens = torch.empty(len(params), dtype=torch.long, device=scores.device)
+        if all(p.greedy for p in params):
+            sample(scores, None, tokens)
+        else:
+            columns = [kernel_params(p, self.vocab_size) for p in params]
+            filtered = any(t > 0 and (k > 0 or p < 1) for t, k, p, _ in columns)
+            numbers = torch.tensor([*zip(*columns, strict=True), uniforms], dtype=torch.float64)
+            given = numbers.pin_memory().to(scores.device, non_blocking=True)
+            sample(scores, given, tokens, filtered=filtered)
+        return tokens.clamp_(min=0)
+
     def _draw(self, scores: Tensor, params: Rows[ResolvedParams], uniforms: Rows[float]) -> Tensor:
         """Inverse-CDF sampling over the vocabulary in its own order; greedy rows by arg-max."""
         device = scores.device
@@ -149,6 +172,13 @@ class Sampler:
         drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
         best = scores.argmax(dim=-1)
         return torch.where(greedy | (drawn >= self.vocab_size), best, drawn)
+
+
+def kernel_params(params: ResolvedParams, vocab_size: int) -> tuple[float, float, float, float]:
+    """Temperature, k, p and min-p as the sampling kernels take them; k is 0 where it keeps all."""
+    k = params.top_k if 0 < params.top_k < vocab_size else 0
+    # p through float32, in which this sampler compares.
+    return params.temperature, k, torch.tensor(params.top_p).item(), params.min_p
 
 
 def _filter(scaled: Tensor, params: Rows[ResolvedParams]) -> Tensor:
@@ -212,22 +242,54 @@ def check_finite(logits: Tensor, name: Callable[[int], str], step: int) -> None:
         )
 
 
-def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int | None]) -> list[TokenLogprob]:
-    """Log-probabilities of the given tokens, with alternatives.
+def read_later(tensor: Tensor) -> Callable[[], Any]:
+    """Take a tensor to the host, behind what is queued already.
+
+    Returns:
+        a function that waits for that copy alone, not for what is queued later, and gives the
+        tensor as lists. The tensor may be written over at once.
+    """
+    if tensor.device.type != "cuda":
+        values = tensor.tolist()
+        return lambda: values
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> Any:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def logprobs_later(
+    logits: Tensor, tokens: Tensor, tops: Rows[int | None]
+) -> Callable[[], list[TokenLogprob]]:
+    """Log-probabilities of the given tokens, with alternatives, queued; read when asked for.
 
     Args:
-        logits: `[R, vocab]`, the model's own.
-        tokens: one for each row.
+        logits: `[R, vocab]`, the model's own; may be written over at once.
+        tokens: `[R]` int64, on the same device.
         tops: how many alternatives each row wants; None and 0 are none.
     """
     normalised = torch.log_softmax(logits.float(), dim=-1)
-    chosen = normalised.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     width = min(max((k or 0 for k in tops), default=0), logits.shape[-1])
     best = normalised.topk(width, dim=-1)
-    rows = zip(
-        tokens, chosen.tolist(), best.indices.tolist(), best.values.tolist(), tops, strict=True
-    )
-    return [
-        TokenLogprob(token, own, tuple(zip(ids[: k or 0], values[: k or 0], strict=True)))
-        for token, own, ids, values, k in rows
-    ]
+    chosen = normalised.gather(1, tokens[:, None])[:, 0]
+    columns = [read_later(t) for t in (tokens, chosen, best.indices, best.values)]
+
+    def read() -> list[TokenLogprob]:
+        rows = zip(*(column() for column in columns), tops, strict=True)
+        return [
+            TokenLogprob(token, own, tuple(zip(ids[: k or 0], values[: k or 0], strict=True)))
+            for token, own, ids, values, k in rows
+        ]
+
+    return read
+
+
+def logprobs_of(logits: Tensor, tokens: Rows[int], tops: Rows[int | None]) -> list[TokenLogprob]:
+    """`logprobs_later` of tokens that are known, read at once."""
+    return logprobs_later(logits, int_tensor(tokens, logits.device), tops)()

@@ -4,13 +4,22 @@ Registered as `triton` for every machine; `supports` says no where there is no T
 paged cache, and nothing of Triton is imported before it said yes.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvist.attention.kernels.formats import PLAIN, Format, read_format
+from kvist.attention.kernels.formats import (
+    PLAIN,
+    Encoding,
+    Format,
+    read_encoding,
+    read_format,
+)
 from kvist.cache.paged_view import PagedKV
-from kvist.cache.protocol import KV
+from kvist.cache.protocol import KV, SIDES, Side
+from kvist.core.spec import AttentionSpec
 from kvist.kernels import can_run
 
 NAME = "triton"
@@ -18,32 +27,52 @@ WHOLE_PROMPT = 1024  # tokens from which torch's attention over gathered keys is
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def read_formats(kv: PagedKV) -> tuple[Format, Format] | None:
-    """The layer's keys and values as kernels read them, or None where they cannot."""
-    keys, values = (read_format(kv.planes(side), kv.spec.head_dim) for side in ("key", "value"))
+def read_formats(
+    planes: Mapping[Side, Mapping[str, Tensor]], spec: AttentionSpec
+) -> tuple[Format, Format] | None:
+    """A layer's keys and values as kernels read them, or None where they cannot.
+
+    They can where head_dim is a power of two from 16 on.
+    """
+    size = spec.head_dim
+    if size < 16 or size & (size - 1):
+        return None
+    keys, values = (read_format(planes[side], size) for side in SIDES)
     return None if keys is None or values is None else (keys, values)
 
 
+def _formats(kv: PagedKV) -> tuple[Format, Format] | None:
+    return read_formats({side: kv.planes(side) for side in SIDES}, kv.spec)
+
+
 def supports(kv: KV) -> bool:
-    """Whether the kernels can read this view.
+    """Whether the kernels can read this view: a paged cache, on a device that runs kernels.
 
-    They read paged caches whose head_dim is a power of two from 16 on. In the interpreter only
-    where asked for by name, since that is slow.
+    In the interpreter only where asked for by name, since that is slow.
     """
-    if not isinstance(kv, PagedKV):
+    if not isinstance(kv, PagedKV) or not can_run(kv.kv_lens.device):
         return False
-    device, size = kv.kv_lens.device, kv.spec.head_dim
-    if size < 16 or size & (size - 1) or not can_run(device):
+    if kv.kv_lens.device.type == "cpu" and kv.backend != NAME:
         return False
-    if device.type == "cpu" and kv.backend != NAME:
-        return False
-    return read_formats(kv) is not None
+    return _formats(kv) is not None
 
 
-def triton_attention(q: Tensor, kv: KV, scale: float, *, dependent: bool = False) -> Tensor:
+def triton_attention(
+    q: Tensor,
+    kv: KV,
+    scale: float,
+    *,
+    dependent: bool = False,
+    encoding: Encoding | None = None,
+) -> Tensor:
     """Shapes as in `attend`.
 
-    With `dependent` the decode kernels may start before the kernel before them has ended.
+    Args:
+        q: queries; with an encoding they are in the basis of the keys already.
+        kv: a view that `supports` said yes to.
+        scale: factor of the scores.
+        dependent: whether the decode kernels may start before the kernel before them has ended.
+        encoding: how the layer is written, where kernels know it.
     """
     from kvist.attention.kernels.launch import (
         Pages,
@@ -56,20 +85,23 @@ def triton_attention(q: Tensor, kv: KV, scale: float, *, dependent: bool = False
     )
 
     assert isinstance(kv, PagedKV)
-    formats = read_formats(kv)
+    formats = _formats(kv)
     assert formats is not None
     batch, heads = kv.batch, q.shape[1]
     pages = Pages(*formats, kv.spec, kv.block_size, kv.block_table, kv.kv_lens, kv.query_starts)
-    q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
+    if encoding is None:
+        q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
     out = torch.empty_like(q)
     singles = [n for n, new in zip(batch.kv_lens, batch.query_lens, strict=True) if new == 1]
+    ragged = len(singles) < batch.num_sequences
+    back = encoding is not None and encoding.values_rotated and not ragged
     if singles:
         splits = most_splits(pages, singles)
         key = ("triton decode", heads, kv.spec.head_dim, splits)
         if key not in kv.memo:
             kv.memo[key] = Workspace.make(len(batch.kv_lens), heads, q.shape[2], splits, q.device)
-        ragged = len(singles) < batch.num_sequences
-        decode(q, pages, out, kv.memo[key], scale, ragged=ragged, dependent=dependent)
+        work = kv.memo[key]
+        decode(q, pages, out, work, scale, ragged=ragged, dependent=dependent, rotate=back)
     fresh = _fresh_prompts(kv) if formats[0].kind == formats[1].kind == PLAIN else ()
     for b in fresh:
         _whole_prompt(q, kv, out, b, scale)
@@ -79,7 +111,7 @@ def triton_attention(q: Tensor, kv: KV, scale: float, *, dependent: bool = False
         if runs not in kv.memo:
             kv.memo[runs] = prefill_work(batch, queries, q.device, without=fresh)
         prefill(q, pages, out, kv.memo[runs], scale)
-    return kv.codec.from_basis(out, kv.layer_idx)
+    return out if back else kv.codec.from_basis(out, kv.layer_idx)
 
 
 def _fresh_prompts(kv: PagedKV) -> tuple[int, ...]:
@@ -109,4 +141,14 @@ def _whole_prompt(q: Tensor, kv: PagedKV, out: Tensor, index: int, scale: float)
     out[start:end] = mixed[0].transpose(0, 1)
 
 
-__all__ = ["NAME", "PLAIN", "read_format", "read_formats", "supports", "triton_attention"]
+__all__ = [
+    "NAME",
+    "PLAIN",
+    "Encoding",
+    "Format",
+    "read_encoding",
+    "read_format",
+    "read_formats",
+    "supports",
+    "triton_attention",
+]

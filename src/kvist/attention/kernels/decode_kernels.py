@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kvist.attention.kernels.tiles import INT8, load_queries, mix, scores
+from kvist.kernels.encode_kernels import hadamard
 
 
 @triton.jit
@@ -167,6 +168,8 @@ def combine_kernel(
     max_splits,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEAD_DOUBLINGS: tl.constexpr,
+    ROTATE: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -210,4 +213,7 @@ def combine_kernel(
             total = total * fade + tl.sum(totals * weight, 0)
             top = new_top
         out = acc / total
+        if ROTATE:
+            inverse: tl.constexpr = 1.0 / (1 << (HEAD_DOUBLINGS - HEAD_DOUBLINGS // 2))
+            out = hadamard(out, HEAD_DIM, HEAD_DOUBLINGS) * inverse
         tl.store(out_ptr + (row * HEADS + h) * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty))

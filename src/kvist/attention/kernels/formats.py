@@ -10,6 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvist.cache.codecs import fp8
+from kvist.cache.codecs.int4 import Int4
+from kvist.cache.codecs.int8 import Int8
+from kvist.cache.codecs.layered import Layered
+from kvist.cache.codecs.plain import Plain
+from kvist.cache.codecs.quantized import Quantized
+from kvist.cache.protocol import Codec
+
 # Number formats, as the kernels know them; integers last.
 PLAIN, FP8, INT8, INT4 = 0, 1, 2, 3
 
@@ -65,3 +73,35 @@ def read_format(planes: Mapping[str, Tensor], head_dim: int) -> Format | None:
     if not groups or (groups > 1 and groups % 2) or groups & (groups - 1):
         return None
     return Format(kind, values, scales, zeros, groups)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How kernels write a layer: planes hold the codec's own bits afterwards.
+
+    Args:
+        mean: `[kv_heads, head_dim]` float32, taken away from keys first; None for none.
+        keys_rotated: whether keys, and so queries, are in the Hadamard basis.
+        values_rotated: whether values, and so attention's output, are.
+    """
+
+    mean: Tensor | None = None
+    keys_rotated: bool = False
+    values_rotated: bool = False
+
+
+def read_encoding(codec: Codec, layer_idx: int, head_dim: int) -> Encoding | None:
+    """How kernels write what this codec writes, or None where they cannot."""
+    if isinstance(codec, Layered):
+        codec = codec.of(layer_idx)
+    if isinstance(codec, Plain):
+        return Encoding()
+    if not isinstance(codec, Quantized):
+        return None
+    for coder in (codec.key, codec.value):
+        # Each half of the channels has groups of its own.
+        groups = isinstance(coder, Int4) and coder.group == 32 and head_dim % 64 == 0
+        if not (groups or isinstance(coder, Int8 | fp8.FP8)):
+            return None
+    mean = None if codec.centre is None else codec.centre.key_means[layer_idx]
+    return Encoding(mean, codec.key.rotated, codec.value.rotated)

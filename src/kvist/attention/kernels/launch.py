@@ -160,6 +160,7 @@ def decode(
     splits: Splits = SPLITS,
     tuning: Tuning | None = None,
     dependent: bool = False,
+    rotate: bool = False,
 ) -> None:
     """Attention of the sequences with one query each, into `out`.
 
@@ -174,6 +175,7 @@ def decode(
         splits: where contexts are split.
         tuning: tile sizes; by default those of the codec.
         dependent: start before the kernel before has ended (programmatic dependent launch).
+        rotate: bring the output back from the Hadamard basis of the values.
     """
     heads, count = q.shape[1], pages.kv_lens.shape[0]
     constants = pages.constants(heads)
@@ -213,6 +215,8 @@ def decode(
         work.max_splits,
         HEADS=heads,
         HEAD_DIM=pages.spec.head_dim,
+        HEAD_DOUBLINGS=pages.spec.head_dim.bit_length() - 1,
+        ROTATE=rotate,
         **common,
         num_warps=2,
         **pdl,

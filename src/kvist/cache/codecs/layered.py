@@ -40,23 +40,23 @@ class Layered:
         self, spec: AttentionSpec, side: Side, layer_idx: int
     ) -> dict[str, tuple[Shape, torch.dtype]]:
         """The layer's own."""
-        return self._of(layer_idx).planes(spec, side, layer_idx)
+        return self.of(layer_idx).planes(spec, side, layer_idx)
 
     def encode(self, x: Tensor, side: Side, layer_idx: int) -> dict[str, Tensor]:
         """By the layer's own codec."""
-        return self._of(layer_idx).encode(x, side, layer_idx)
+        return self.of(layer_idx).encode(x, side, layer_idx)
 
     def decode(self, planes: Planes, side: Side, layer_idx: int) -> Tensor:
         """By the layer's own codec."""
-        return self._of(layer_idx).decode(planes, side, layer_idx)
+        return self.of(layer_idx).decode(planes, side, layer_idx)
 
     def to_basis(self, q: Tensor, layer_idx: int) -> Tensor:
         """By the layer's own codec."""
-        return self._of(layer_idx).to_basis(q, layer_idx)
+        return self.of(layer_idx).to_basis(q, layer_idx)
 
     def from_basis(self, out: Tensor, layer_idx: int) -> Tensor:
         """By the layer's own codec."""
-        return self._of(layer_idx).from_basis(out, layer_idx)
+        return self.of(layer_idx).from_basis(out, layer_idx)
 
     def check_layers(self, count: int) -> None:
         """Raise CacheError if a layer is named that a model of `count` layers does not have."""
@@ -66,7 +66,8 @@ class Layered:
                     f"codec {self.name!r} names layer {span[-1]}, but the model has {count} layers"
                 )
 
-    def _of(self, layer_idx: int) -> Codec:
+    def of(self, layer_idx: int) -> Codec:
+        """The layer's own codec."""
         return next((codec for span, codec in self.spans if layer_idx in span), self.default)
 
     def __str__(self) -> str:

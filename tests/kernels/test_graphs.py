@@ -1,0 +1,108 @@
+"""Recorded decode steps give the tokens of the plain engine, with every codec and every request."""
+
+import pytest
+import torch
+from test_fused_step import CONFIG, SLIDING, tiny
+
+from kvist.core.params import SamplingParams
+from kvist.engine import Engine, EngineConfig
+from kvist.llm import LLM
+from kvist.loading.model import Model
+from kvist.runner.fused import FusedStep
+from kvist.runner.runner import PagedRunner
+from kvist.runner.step import model_step
+
+PROMPTS = [list(range(3, 3 + n)) for n in (21, 1, 9)]
+GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+
+
+def model_of(device: torch.device, **changes: object) -> Model:
+    lm = tiny(device, **{"head_dim": 64, **changes})
+    return Model("tiny", lm, None, torch.float32, device)
+
+
+class Recorded(Engine):
+    """An engine that replays, also where there is no GPU."""
+
+    def _open_books(self) -> None:
+        super()._open_books()
+        self.runner = PagedRunner(
+            self.model.lm,
+            self.pool,
+            vocab_size=CONFIG["vocab_size"],
+            step=self._step,
+            record=True,
+            backend="triton",
+        )
+
+
+def results(model: Model, params, *, recorded: bool, **options):
+    llm = LLM(model, block_size=4, max_num_seqs=4, max_model_len=64, attention="triton", **options)
+    step = FusedStep(model.lm)
+    kind = Recorded if recorded else Engine
+    config = EngineConfig(**{"block_size": 4, "max_num_seqs": 4, "max_model_len": 64,
+                             "attention": "triton", "graphs": False} | options)  # fmt: skip
+    llm.engine = kind(model, config, step=step)
+    llm._desk.engine = llm.engine
+    found = llm.generate(PROMPTS, params)
+    llm.engine.check()
+    return found, llm.engine.runner
+
+
+@pytest.mark.parametrize("codec", ["plain", "fp8", "int4"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_replayed_steps_give_the_engines_tokens(codec, overlap, device):
+    model = model_of(device, **SLIDING)
+    expected, _ = results(model, GREEDY, recorded=False, codec=codec, overlap=False)
+    ours, runner = results(model, GREEDY, recorded=True, codec=codec, overlap=overlap)
+    assert [r.token_ids for r in ours] == [r.token_ids for r in expected]
+    assert runner._graphs._recordings
+
+
+def test_draws_penalties_and_log_probabilities_are_those_of_the_engine(device):
+    model = model_of(device, model_type="llama")
+    params = [
+        SamplingParams(temperature=0.9, seed=3, max_tokens=6, ignore_eos=True),
+        SamplingParams(temperature=0.7, top_k=9, top_p=0.9, seed=5, max_tokens=9, ignore_eos=True),
+        SamplingParams(
+            temperature=0, max_tokens=8, repetition_penalty=1.4, logprobs=3, ignore_eos=True
+        ),
+    ]
+    expected, _ = results(model, params, recorded=False, overlap=True)
+    ours, runner = results(model, params, recorded=True, overlap=True)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.token_ids == b.token_ids
+    assert {kind for _, _, kind in runner._graphs._recordings} >= {"logits", "filtered"}
+    pairs = zip(ours[2].logprobs, expected[2].logprobs, strict=True)
+    assert all(abs(a.logprob - b.logprob) < 1e-3 for a, b in pairs)
+
+
+def test_a_row_that_is_not_finite_fails_its_own_request(device):
+    model = model_of(device, model_type="llama")
+
+    class Broken(FusedStep):
+        def __call__(self, batch, cache):
+            logits = super().__call__(batch, cache)
+            if batch.num_sequences > 1:
+                logits[1, 3] = torch.nan
+            return logits
+
+    engine = Recorded(
+        model,
+        EngineConfig(block_size=4, max_num_seqs=2, max_model_len=32, attention="triton"),
+        step=Broken(model.lm),
+    )
+    llm = LLM(model, max_model_len=32, max_num_seqs=2)
+    llm.engine = llm._desk.engine = engine
+    first, second = llm.generate([[5], [6]], GREEDY)
+    assert first.finish_reason == "length"
+    assert second.finish_reason == "error"
+    assert "NaN" in second.error
+
+
+def test_reference_steps_are_not_recorded(device):
+    from kvist.runner.graphs import can_record
+
+    model = model_of(device, model_type="llama")
+    engine = Engine(model, EngineConfig(max_model_len=32), step=model_step(model.lm))
+    assert not can_record(engine._step, engine.pool)
