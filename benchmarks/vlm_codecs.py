@@ -3,8 +3,9 @@
     python benchmarks/vlm_codecs.py [--pictures 60] [--json FILE]
 
 Each window is a picture and a conversation of right answers about it; every codec is compared with
-the plain cache place by place, as `kvist quality` does on text. Then each picture's first question
-is asked through the engine, and answers are counted.
+the plain cache place by place, as `kvist quality` does on text. The same conversations without
+their pictures are measured beside them: what is worse is the pictures' doing. Then each picture's
+first question is asked through the engine, and answers are counted.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/vlm_codecs.json"))
     args = parser.parse_args()
     model = kvist.load(EXAMPLES / "tiny-vlm")
-    windows, prompts, answers = [], [], []
+    windows, blind, prompts, answers = [], [], [], []
     for seed in range(args.pictures):
         rng = random.Random(10_000_000 + seed)
         scene = sample_scene(rng)
@@ -46,6 +47,7 @@ def main() -> None:
                 {"role": "user", "content": turn.text},
                 {"role": "assistant", "content": turn.answer},
             ]
+        blind.append(model.prepare(chat, add_generation_prompt=False))
         chat[0]["content"] = [
             {"type": "image", "image": picture},
             {"type": "text", "text": turns[0].text},
@@ -54,17 +56,19 @@ def main() -> None:
         prompts.append(chat[:1])
         answers.append(turns[0].answer)
     found = measure(model, windows, list(CODECS))
+    without = measure(model, blind, list(CODECS))
     params = kvist.SamplingParams(temperature=0, max_tokens=24)
     rows = []
-    for codec in found:
+    for codec, text in zip(found, without, strict=True):
         results = kvist.LLM(model, codec=codec.codec).generate(prompts, params)
         said = [result.text.strip() for result in results]
         right = sum(a == b for a, b in zip(said, answers, strict=True))
-        rows.append({**asdict(codec), "right": right, "asked": len(answers)})
+        rows.append({**asdict(codec), "blind": asdict(text), "right": right, "asked": len(answers)})
         print(
             f"{codec.codec:<8}{codec.bits_per_value:>7.2f} bits  "
             f"{codec.perplexity_change:>+8.2%} ± {codec.standard_error:.2%}  "
-            f"KL {codec.kl:.5f}  top-1 {codec.top1:.1%}  right {right}/{len(answers)}"
+            f"KL {codec.kl:.5f} (without pictures {text.kl:.5f})  top-1 {codec.top1:.1%}  "
+            f"right {right}/{len(answers)}"
         )
     print(f"{found[0].tokens:,} places in {len(windows)} conversations")
     args.json.parent.mkdir(parents=True, exist_ok=True)
