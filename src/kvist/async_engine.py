@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kvist.core.params import SamplingParams
-from kvist.core.record import Snapshot
+from kvist.core.record import BlockDetail, Look, Snapshot
 from kvist.core.results import Delta
 from kvist.engine import Engine, EngineConfig
 from kvist.errors import EngineDead, KvistError
 from kvist.loading.model import Model, Prompt, load
 from kvist.sample import Sample
 from kvist.serving import Desk, Job, make_jobs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,37 @@ class AsyncLLM:
 
     async def snapshot(self) -> Snapshot:
         """What the engine is doing, as plain data."""
+        return await self._ask(self._engine.snapshot)
+
+    async def look(self, since: int = 0, branches: int = 0) -> Look:
+        """What a live picture needs: a snapshot, what happened to requests, the prefix tree.
+
+        Args:
+            since: serial number of the last mark that is known already.
+            branches: nodes of the prefix tree to visit at most; 0 leaves the tree out.
+        """
+        return await self._ask(lambda: self._engine.look(since, branches))
+
+    async def block(self, group: int, block: int, *, host: bool = False) -> BlockDetail:
+        """What one block holds, and for whom; raises CacheError if there is no such block."""
+        return await self._ask(lambda: self._engine.block(group, block, host=host))
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Put a question to the engine between two of its steps; its refusal is raised here."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Snapshot] = loop.create_future()
+        answer: asyncio.Future[T] = loop.create_future()
 
-        def settle(taken: Snapshot | Exception) -> None:
+        def settle(given: T | Exception) -> None:
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_settle, answer, taken)
+                loop.call_soon_threadsafe(_settle, answer, given)
 
-        self._send(_Call(lambda: settle(self._engine.snapshot()), settle))
+        def reply() -> None:
+            try:
+                settle(question())
+            except KvistError as refusal:
+                settle(refusal)
+
+        self._send(_Call(reply, settle))
         return await answer
 
     @property
@@ -242,7 +267,7 @@ class AsyncLLM:
                 call.do()
             except BaseException as error:
                 self._death = error
-                self._inbox.put(call)  # who asked is told with the others, once it is seen to be over
+                self._inbox.put(call)  # who asked is told with the others, once it is over
                 raise
             wait = False
 
@@ -276,11 +301,11 @@ class AsyncLLM:
                 del self._streams[sample.request_id]
 
 
-def _settle(answer: "asyncio.Future[Snapshot]", taken: Snapshot | Exception) -> None:
+def _settle(answer: "asyncio.Future[T]", given: T | Exception) -> None:
     """Answer, unless who asked has given up."""
     if answer.done():
         return
-    if isinstance(taken, Exception):
-        answer.set_exception(taken)
+    if isinstance(given, Exception):
+        answer.set_exception(given)
     else:
-        answer.set_result(taken)
+        answer.set_result(given)

@@ -19,7 +19,7 @@ from kvist.core.limits import SchedulerConfig
 from kvist.core.ngram import prompt_lookup
 from kvist.core.plan import Event, Plan
 from kvist.core.protocols import Ticket
-from kvist.core.record import Snapshot
+from kvist.core.record import BlockDetail, Look, Snapshot
 from kvist.core.request import Request
 from kvist.core.retention import Retention
 from kvist.core.scheduler import ContinuousScheduler
@@ -217,6 +217,14 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Block map, groups, tiers, queue and hit rates, as plain data."""
         return self.scheduler.snapshot()
+
+    def look(self, since: int = 0, branches: int = 0) -> Look:
+        """What a live picture needs: a snapshot, marks behind `since`, the tree if asked for."""
+        return self.scheduler.look(since, branches)
+
+    def block(self, group: int, block: int, *, host: bool = False) -> BlockDetail:
+        """What one block holds, and for whom; raises CacheError if there is no such block."""
+        return self.scheduler.block(group, block, host=host)
 
     def check(self) -> None:
         """Prove the block manager's books; raises CacheError that names what is broken."""

@@ -46,6 +46,14 @@ class HostTier:
         """Host blocks that hold a prefix or are being filled."""
         return self.num_blocks - len(self._free)
 
+    def cached(self) -> tuple[bool, ...]:
+        """Of each host block whether it holds a prefix that can be hit."""
+        return tuple([block in self._filled for block in range(self.num_blocks)])
+
+    def node_of(self, host_block: int) -> Node | None:
+        """The prefix that a host block holds."""
+        return self._filled.get(host_block)
+
     def save_ahead(self, pool: Pool, target: int, step: int) -> list[HostMove]:
         """Saves to start so that `target` blocks can soon be reused without losing anything.
 

@@ -8,7 +8,7 @@ them, and, when they are gone, since which step. The block manager is the only c
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice, takewhile
 from typing import NamedTuple
 
@@ -139,6 +139,7 @@ class PrefixIndex:
         self.num_groups = num_groups
         self.max_forgotten = max_forgotten
         self._nodes: dict[NodeKey, Node] = {}
+        self._roots: dict[Node, None] = {}
         self._forgotten: OrderedDict[Node, None] = OrderedDict()
         # Children of the roots by tokens and extra alone, to recognise another tenant's prefix.
         self._firsts: dict[tuple[tuple[int, ...], Hashable], dict[Node, None]] = {}
@@ -151,6 +152,11 @@ class PrefixIndex:
     def __iter__(self) -> Iterator[Node]:
         """Every node, roots included."""
         return iter(self._nodes.values())
+
+    @property
+    def roots(self) -> Iterable[Node]:
+        """A node without tokens for each namespace that has any."""
+        return self._roots.keys()
 
     def known(self, keys: PrefixKeys, num_blocks: int) -> list[Node]:
         """The nodes of the first `num_blocks` blocks, as far as they are known; changes nothing.
@@ -248,6 +254,8 @@ class PrefixIndex:
         firsts = sum(len(nodes) for nodes in self._firsts.values())
         if firsts != sum(n.parent is not None and n.parent.parent is None for n in self):
             raise InvariantError("the table of first blocks does not list the roots' children")
+        if set(self._roots) != {node for node in self if node.parent is None}:
+            raise InvariantError("the list of roots is not that of the nodes without a parent")
         if not all(node.alive for node in self._forgotten):
             raise InvariantError("a forgotten prefix node is no longer in the index")
 
@@ -271,7 +279,9 @@ class PrefixIndex:
     def _add(self, key: NodeKey, parent: Node | None) -> Node:
         self._last_serial += 1
         node = self._nodes[key] = Node(self._last_serial, key, parent, self.num_groups)
-        if parent is not None:
+        if parent is None:
+            self._roots[node] = None
+        else:
             parent.children[node] = None
             if parent.parent is None:
                 self._firsts.setdefault(key[1:], {})[node] = None
@@ -310,6 +320,7 @@ class PrefixIndex:
             node.alive = False
             parent = node.parent
             if parent is None:
+                del self._roots[node]
                 return
             del parent.children[node]
             if parent.parent is None:

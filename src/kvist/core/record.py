@@ -5,7 +5,7 @@ the scheduler fill it in.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MissKind = Literal[
     "never_seen",  # no request has had these tokens behind this prefix
@@ -69,7 +69,8 @@ class GroupSnapshot:
     """One pool, block by block.
 
     `owners[i]` is how many sequences hold block i: 0 with `cached[i]` is a prefix waiting to be
-    hit again, 0 without is free. Block 0, the null block, is always 0 and False.
+    hit again, 0 without is free. Block 0, the null block, is always 0 and False. `host_cached[i]`
+    tells whether host block i holds a prefix.
     """
 
     window: int | None
@@ -81,6 +82,7 @@ class GroupSnapshot:
     held: int
     host_blocks: int
     host_used: int
+    host_cached: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +123,100 @@ class SequenceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole engine between two steps; `dataclasses.asdict` makes it JSON."""
+    """The whole engine between two steps; `dataclasses.asdict` makes it JSON.
+
+    `now` is in seconds on the scheduler's clock. `computed_tokens` went through the model, prompts
+    and outputs alike, again after a preemption too; `output_tokens` were sampled.
+    """
 
     step: int
+    now: float
     block_size: int
     groups: tuple[GroupSnapshot, ...]
     counters: CacheCounters
     running: tuple[SequenceSnapshot, ...]
     waiting: tuple[SequenceSnapshot, ...]
     known_prefixes: int
+    computed_tokens: int
+    output_tokens: int
     preemptions: int
     lost_tokens: int
+
+
+MarkKind = Literal[
+    "arrived",
+    "admitted",  # `[0, stop)` came from the cache; again after each preemption
+    "computed",  # a chunk `[start, stop)` of the prompt, or of what a preemption has lost
+    "first_token",
+    "preempted",
+    "ended",
+]
+
+
+class Mark(NamedTuple):
+    """One moment of one sample's life; serial numbers go up by one.
+
+    `time` is in seconds on the scheduler's clock; `reason` says why it ended.
+    """
+
+    serial: int
+    time: float
+    request_id: str
+    sample_index: int
+    kind: MarkKind
+    start: int = 0
+    stop: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Cached blocks of tokens that follow each other without a fork: a twig of the prefix tree.
+
+    Args:
+        serial: of its first node; names the branch as long as it grows there.
+        parent: serial of the branch that it grows from, 0 at a root.
+        root: what separates it from equal tokens (precision, weights, tenant), as a number.
+        tokens: of its first node.
+        blocks: for each node the block of the first group's pool, 0 where it is not in the pool.
+        saved: for each node whether the host tier has it.
+    """
+
+    serial: int
+    parent: int
+    root: int
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
+    saved: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDetail:
+    """What one block holds, and for whom.
+
+    Args:
+        tokens: those that are written or about to be; none if the block is free.
+        start: position of the first of them in their sequence.
+        owners: (request id, sample) of each sequence whose table points at it.
+        cached: whether it can be hit by later requests.
+        saved: whether the host tier has a copy.
+    """
+
+    tokens: tuple[int, ...] = ()
+    start: int = 0
+    owners: tuple[tuple[str, int], ...] = ()
+    cached: bool = False
+    saved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Everything that a live picture of the engine needs, taken between two steps.
+
+    Taking it kept the engine for `seconds`; `tree` is None unless it was asked for.
+    """
+
+    snapshot: Snapshot
+    marks: tuple[Mark, ...]
+    tree: tuple[Branch, ...] | None
+    seconds: float

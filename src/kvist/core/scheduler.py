@@ -18,6 +18,7 @@ from kvist.core.admission import has_headroom, open_blocks, worth_preempting
 from kvist.core.blocks import PagedBlockManager
 from kvist.core.images import EncoderCache
 from kvist.core.limits import SchedulerConfig, refuse_what_never_fits
+from kvist.core.look import describe_block, prefix_tree
 from kvist.core.plan import (
     Event,
     FailedEvent,
@@ -30,12 +31,13 @@ from kvist.core.plan import (
     TokensEvent,
 )
 from kvist.core.protocols import Clock, Drafter
-from kvist.core.record import RequestRecord, Snapshot
+from kvist.core.record import BlockDetail, Look, RequestRecord, Snapshot
 from kvist.core.request import Request
 from kvist.core.roster import Roster
 from kvist.core.rows import Build, Entry, draft, make_row
 from kvist.core.snapshot import take_snapshot
 from kvist.core.state import Family, SampleState, Totals
+from kvist.core.timeline import Timeline
 from kvist.errors import KvistError, RequestError
 
 
@@ -71,6 +73,7 @@ class ContinuousScheduler:
         self._step = 0
         self._num_arrived = self._num_keys = 0
         self._totals = Totals()
+        self._timeline = Timeline(clock)
 
     # -- requests come and go ----------------------------------------------------------------
 
@@ -108,6 +111,7 @@ class ContinuousScheduler:
         self._num_arrived += 1
         self._families[request.id] = family
         self._roster.enqueue(family.samples[0])
+        self._timeline.add(family.samples[0], "arrived")
 
     def abort(self, request_id: str) -> list[Event]:
         """End all samples of a request now, planned or not; unknown or finished ids are ignored."""
@@ -151,6 +155,7 @@ class ContinuousScheduler:
         entries = build.short + build.long
         encodes, dropped = self._images.collect()
         released, admitted = self._roster.collect()
+        self._totals.computed_tokens += self.config.max_batch_tokens - build.budget
         plan = Plan(
             step=self._step,
             rows=tuple([entry.row for entry in entries]),
@@ -193,7 +198,21 @@ class ContinuousScheduler:
 
     def snapshot(self) -> Snapshot:
         """The whole engine, as plain data."""
-        return take_snapshot(self._step, self.blocks, self._roster, self._totals)
+        return take_snapshot(self._step, self._clock(), self.blocks, self._roster, self._totals)
+
+    def look(self, since: int = 0, branches: int = 0) -> Look:
+        """A snapshot, the marks behind serial number `since`, and the prefix tree if asked for.
+
+        `branches` bounds the nodes of the tree that are visited; 0 leaves it out.
+        """
+        began = monotonic()
+        tree = prefix_tree(self.blocks.index, branches) if branches else None
+        snapshot, marks = self.snapshot(), self._timeline.since(since)
+        return Look(snapshot, marks, tree, monotonic() - began)
+
+    def block(self, group: int, block: int, *, host: bool = False) -> BlockDetail:
+        """What a block of a group's pool, or of its host tier, holds; raises CacheError."""
+        return describe_block(self.blocks, self._roster, group, block, host=host)
 
     # -- planning ----------------------------------------------------------------------------
 
@@ -257,6 +276,7 @@ class ContinuousScheduler:
         state.unmatched = state.computed
         state.preemptions += 1
         self._totals.preemptions += 1
+        self._timeline.add(state, "preempted", stop=state.computed)
         self._give_back(state)
         self._roster.enqueue(state)
 
@@ -292,6 +312,7 @@ class ContinuousScheduler:
             state.cached_device = opening.cached - opening.fork - opening.host
             self._totals.count_prompt(state)
         self._totals.lost_tokens += state.resume_from(opening.cached)
+        self._timeline.add(state, "admitted", stop=opening.cached)
         self._roster.take_slot(state)
         return True
 
@@ -311,6 +332,8 @@ class ContinuousScheduler:
         sequence, reason = state.sequence, None
         # The cache holds the row's tokens but for the guesses that were not confirmed.
         computed = row.start + len(row.tokens)
+        if state.first_token_at is None or len(row.tokens) > 1 + row.num_drafts:
+            self._timeline.add(state, "computed", row.start, computed - row.num_drafts)
         if row.prompt_targets:
             self._report_prompt(row, state, out, events)
         if row.sample:
@@ -324,8 +347,10 @@ class ContinuousScheduler:
                     break
             request_id, index = state.request.id, sequence.sample_index
             events.append(TokensEvent(request_id, index, tokens[:kept], out.logprobs[:kept]))
+            self._totals.output_tokens += kept
             if state.first_token_at is None:
                 state.first_token_at = now
+                self._timeline.add(state, "first_token")
                 self._prompt_done(state.family)
         if state.epoch == epoch:
             if row.num_drafts:
@@ -385,6 +410,7 @@ class ContinuousScheduler:
             self._roster.leave_queue(state)
         state.done = True
         state.queued = False
+        self._timeline.add(state, "ended", stop=state.sequence.num_tokens, reason=reason)
         self._totals.lost_tokens += state.resume_from(0)
         family = state.family
         if all(sample.done for sample in family.samples):

@@ -6,7 +6,9 @@ from kvist.core.roster import Roster
 from kvist.core.state import Totals
 
 
-def take_snapshot(step: int, blocks: PagedBlockManager, roster: Roster, totals: Totals) -> Snapshot:
+def take_snapshot(
+    step: int, now: float, blocks: PagedBlockManager, roster: Roster, totals: Totals
+) -> Snapshot:
     """The whole engine, as plain data."""
     groups = tuple(
         GroupSnapshot(
@@ -19,6 +21,7 @@ def take_snapshot(step: int, blocks: PagedBlockManager, roster: Roster, totals: 
             held=pool.num_held,
             host_blocks=config.host_blocks,
             host_used=host.num_used,
+            host_cached=host.cached(),
         )
         for config, pool, host in zip(blocks.groups, blocks.pools, blocks.hosts, strict=True)
     )
@@ -36,12 +39,15 @@ def take_snapshot(step: int, blocks: PagedBlockManager, roster: Roster, totals: 
     nothing = (0,) * len(groups)
     return Snapshot(
         step=step,
+        now=now,
         block_size=blocks.block_size,
         groups=groups,
         counters=counters,
         running=tuple(s.snapshot(tuple(blocks.num_blocks_of(s.key))) for s in roster.running),
         waiting=tuple(s.snapshot(nothing) for s in roster.waiting),
         known_prefixes=len(blocks.index),
+        computed_tokens=totals.computed_tokens,
+        output_tokens=totals.output_tokens,
         preemptions=totals.preemptions,
         lost_tokens=totals.lost_tokens,
     )

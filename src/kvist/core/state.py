@@ -156,12 +156,14 @@ class SampleState:
 
 @dataclass(slots=True)
 class Totals:
-    """What all requests together took from the cache, and lost to preemption."""
+    """What all requests together took from the cache, computed, and lost to preemption."""
 
     queried_tokens: int = 0
     device_hit_tokens: int = 0
     host_hit_tokens: int = 0
     fork_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
     preemptions: int = 0
     lost_tokens: int = 0
 
