@@ -38,6 +38,7 @@ FLOORS = (
     {"prefixes", "serving"},
     {"llm", "async_engine"},
     {"reports", "server", "integrations"},
+    {"loadgen"},
     {"cli"},
     {"__main__"},
 )
@@ -50,6 +51,7 @@ AT_THE_HEAD = {
     "numpy": ("kvist.",),
     "typer": ("kvist.cli.",),
     "triton": ("kvist.attention.kernels.", "kvist.kernels."),
+    "fastapi": ("kvist.server.",),
     # Modules that functions import when they need what these libraries do.
     "jinja2": ("kvist.text.sandbox",),
     "markdown_it": ("kvist.cli.markdown",),
