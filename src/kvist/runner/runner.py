@@ -21,6 +21,7 @@ from kvist.models.decoder import CausalLM
 from kvist.runner.encoder_cache import place_images
 from kvist.runner.follow import Guessed, follow
 from kvist.runner.graphs import DecodeGraphs
+from kvist.runner.greedy import finite_rows
 from kvist.runner.sampler import Sampler, logprobs_later, read_later
 from kvist.runner.step import StepFunction, model_step
 
@@ -251,7 +252,7 @@ class StepTicket:
         self._plan, self._targets, self._samples, self._drawn = plan, targets, samples, drawn
         self._finite: Callable[[], list[bool]] = list
         if len(logits):
-            self._finite = read_later(logits.amax(-1).isfinite())
+            self._finite = read_later(finite_rows(logits))
         # A later plan may give a slot to another sequence before this one is read.
         asked = [tops[row.slot] for row in plan.rows]
         self._logprobs = _later(logits, samples, self._chosen(asked), [top for top, _ in asked])

@@ -17,6 +17,7 @@ from kvist.cache.batch import int_tensor
 from kvist.core.params import ResolvedParams
 from kvist.core.results import TokenLogprob
 from kvist.errors import NumericalError
+from kvist.runner.greedy import finite_rows, largest
 from kvist.kernels import can_run
 
 
@@ -104,7 +105,7 @@ class Sampler:
         if self._by_kernels and scores.is_contiguous():
             tokens = self._launch(scores, [s.params for s in states], uniforms)
         elif all(state.params.greedy for state in states):
-            tokens = scores.argmax(dim=-1)
+            tokens = largest(scores)
         else:
             tokens = self._draw(scores, [s.params for s in states], uniforms)
         for row, state in enumerate(states):
@@ -233,7 +234,7 @@ def check_finite(logits: Tensor, name: Callable[[int], str], step: int) -> None:
     Raises:
         NumericalError: names the step and the first such row's owner.
     """
-    finite = logits.amax(dim=-1).isfinite()
+    finite = finite_rows(logits)
     if not bool(finite.all()):
         row = int(finite.logical_not().nonzero()[0, 0])
         raise NumericalError(
