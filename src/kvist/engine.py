@@ -104,16 +104,17 @@ class Engine:
         codec = model.codec(config.codec) if isinstance(config.codec, str) else config.codec
         groups = group_layers(model.specs, config.retention)
         size, chunk = config.block_size, min(config.max_batch_tokens, self.max_length)
+        slack = 1 + config.speculate
         blocks = blocks_for(
-            self._cache_memory(groups, codec, chunk),
+            self._cache_memory(groups, codec, chunk, slack),
             groups,
             codec,
             block_size=size,
             context=self.max_length,
             chunk=chunk,
+            slack=slack,
         )
         host = _host_blocks(config.host_cache, blocks, groups, codec, size)
-        slack = 1 + config.speculate
         self.pool = PagedPool(
             model.specs,
             codec,
@@ -235,7 +236,9 @@ class Engine:
         assert self.model.vision is not None
         return self.model.vision.encode_images(pixels[None])[0]
 
-    def _cache_memory(self, groups: Sequence[LayerGroup], codec: Codec, chunk: int) -> int:
+    def _cache_memory(
+        self, groups: Sequence[LayerGroup], codec: Codec, chunk: int, slack: int
+    ) -> int:
         """Bytes for the pools: all sequences at full length, within what the machine has."""
         config = self.config
         if config.cache_memory is not None:
@@ -243,7 +246,7 @@ class Engine:
         wanted = 0
         for group in groups:
             paged = CacheGroup(group.spec, num_blocks=2)
-            one = paged.most_blocks(self.max_length, chunk, 1, config.block_size)
+            one = paged.most_blocks(self.max_length, chunk, slack, config.block_size)
             block = config.block_size * bytes_per_token(group, codec)
             wanted += (1 + one * config.max_num_seqs) * block
         share = 0.9 if self.model.device.type == "cuda" else 0.5

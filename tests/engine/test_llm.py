@@ -325,6 +325,20 @@ def test_a_request_with_nan_logits_fails_alone(overlap: bool, after: int) -> Non
     assert_idle(llm.engine)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_came_with_nan_logits_is_not_found_by_others(overlap: bool) -> None:
+    llm = small(overlap=overlap, max_batch_tokens=8)
+    prompt = [MARK, *STEM[:15], *STEM[:3]]  # three chunks, of which only the last one samples
+    healthy, llm.engine.runner.step = llm.engine.runner.step, PoisonedStep(tiny(), 0)
+    [bad] = llm.generate([prompt], GREEDY)
+    assert bad.finish_reason == "error"
+    llm.engine.runner.step = healthy
+    [good] = llm.generate([prompt], GREEDY)
+    assert good.usage.cached_tokens == 0
+    assert tokens([good]) == tokens(kvist.generate(tiny(), [prompt], GREEDY))
+    assert_idle(llm.engine)
+
+
 def test_a_request_that_can_never_fit_is_refused_before_anything_is_computed() -> None:
     llm = small(room=0.5)
     counted = CountingStep(tiny())

@@ -63,3 +63,10 @@ def test_groups_run_out_together_at_the_context_they_are_sized_for():
 def test_memory_for_less_than_a_block_is_refused_with_both_numbers():
     with pytest.raises(CacheError, match=r"8,000 bytes are too few .* 8,192 bytes"):
         budget(8_000, group_layers([FULL]))
+
+
+def test_guesses_that_may_be_taken_back_ask_for_more_of_a_window():
+    groups = group_layers([FULL, SLIDING])
+    _, without = budget(50_000_000, groups)
+    _, sliding = budget(50_000_000, groups, slack=33)
+    assert sliding > without

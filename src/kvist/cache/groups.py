@@ -64,6 +64,7 @@ def blocks_for(
     block_size: int,
     context: int,
     chunk: int,
+    slack: int = 1,
 ) -> tuple[int, ...]:
     """How many blocks each group's pool gets, null block included, within `memory_bytes` in all.
 
@@ -77,13 +78,14 @@ def blocks_for(
         block_size: token places of a block.
         context: length of a typical long sequence, in tokens.
         chunk: most new tokens of a sequence in one step.
+        slack: tokens that a sequence may go back, for guesses.
 
     Raises:
         CacheError: not even one block for each group fits; the message has both numbers.
     """
     sizes = [block_size * bytes_per_token(group, codec) for group in groups]
     blocks = [
-        CacheGroup(group.spec, num_blocks=2).most_blocks(context, chunk, 1, block_size)
+        CacheGroup(group.spec, num_blocks=2).most_blocks(context, chunk, slack, block_size)
         for group in groups
     ]
     one_sequence = sum(n * size for n, size in zip(blocks, sizes, strict=True))

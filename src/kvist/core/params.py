@@ -44,6 +44,8 @@ class SamplingParams:
         frequency_penalty: subtracted for each time a token is in the output, [-2, 2].
         logit_bias: token id -> added to its logit.
         num_beams: > 1 searches with that many beams instead of sampling.
+        filter_first: nanoVLM's order: top-k and top-p see the logits before the temperature, and
+            top-p drops the token that crosses it. min-p then has no effect.
     """
 
     temperature: float | None = None
@@ -64,6 +66,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     num_beams: int = 1
+    filter_first: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, naming the field, the value and what would do."""
@@ -93,8 +96,10 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _integer("num_beams", self.num_beams, 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        for name in ("ignore_eos", "filter_first"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RequestError(f"{name} must be True or False, not {value!r}")
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must be non-empty strings, not {text!r}")

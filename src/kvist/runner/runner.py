@@ -112,13 +112,19 @@ class PagedRunner:
         return StepTicket(plan, logits, targets, samples, drawn, self._tops)
 
     def _batch(self, rows: Sequence[PlanRow]) -> tuple[Batch, list[range], list[range]]:
-        """The step's tensors, and which rows of logits are each row's targets and samples."""
+        """The step's tensors, and which rows of logits are each row's targets and samples.
+
+        Targets are what the prompt's log-probabilities need, and of a row that samples nothing its
+        last row, to be looked at.
+        """
         spans: list[int] = []  # packed rows whose logits are wanted
         targets, samples, begin = [], [], 0
         for row in rows:
             end = begin + len(row.tokens)
             first = len(spans)
             spans += range(begin, begin + len(row.prompt_targets))
+            if not row.sample:  # a chunk whose last row is sound may be found by others
+                spans.append(end - 1)
             targets.append(range(first, len(spans)))
             first = len(spans)
             spans += range(end - 1 - row.num_drafts, end) if row.sample else ()
@@ -191,6 +197,7 @@ def _is_simple(params: ResolvedParams) -> bool:
     """Whether sampling needs no more than temperature, filters and a uniform number."""
     return (
         params.logprobs is None
+        and not params.filter_first
         and not params.logit_bias
         and not params.presence_penalty
         and not params.frequency_penalty

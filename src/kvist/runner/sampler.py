@@ -19,6 +19,7 @@ from kvist.core.results import TokenLogprob
 from kvist.errors import NumericalError
 from kvist.runner.greedy import finite_rows, largest
 from kvist.kernels import can_run
+from kvist.runner.filter_first import filter_then_temperature
 
 
 @dataclass
@@ -102,7 +103,8 @@ class Sampler:
         for row, mask in (allowed or {}).items():
             scores = scores.clone() if scores is logits else scores
             scores[row].masked_fill_(~mask, -torch.inf)
-        if self._by_kernels and scores.is_contiguous():
+        usual = not any(state.params.filter_first for state in states)
+        if self._by_kernels and usual and scores.is_contiguous():
             tokens = self._launch(scores, [s.params for s in states], uniforms)
         elif all(state.params.greedy for state in states):
             tokens = largest(scores)
@@ -167,7 +169,13 @@ class Sampler:
         greedy = torch.tensor([p.greedy for p in params], device=device)
         temperature = torch.tensor([p.temperature or 1.0 for p in params], device=device)
         scaled = _filter(scores / temperature[:, None], params)
-        cdf = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        shares = torch.softmax(scaled, dim=-1, dtype=torch.float64)
+        for row, p in enumerate(params):
+            if p.filter_first and not p.greedy:
+                shares[row] = filter_then_temperature(
+                    scores[row], top_k=p.top_k, top_p=p.top_p, temperature=p.temperature
+                )
+        cdf = shares.cumsum(dim=-1)
         u = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None]
         # The first token with cdf > u * total has a probability over zero.
         drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
