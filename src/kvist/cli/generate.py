@@ -93,6 +93,14 @@ def command(
         bool,
         typer.Option("--ignore-eos", help="Go on after the end.", rich_help_panel=SAMPLING),
     ] = False,
+    filter_first: Annotated[
+        bool,
+        typer.Option(
+            "--filter-first",
+            help="nanoVLM's order: filters before the temperature.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = False,
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -166,6 +174,7 @@ def command(
         num_beams=beams,
         logprobs=logprobs,
         repetition_penalty=repetition_penalty,
+        filter_first=filter_first,
     )
     asked = _prompt(loaded, prompt, token_ids, system, raw, image or [])
     samples = prepare(loaded, [asked], params)
