@@ -14,118 +14,108 @@
 
 namespace {
 
-constexpr int FROM_ROWS = 3;
-constexpr int AT_ONCE = 4;  // blocks that are under way together
+constexpr int FROM_ROWS = 9;  // what no pass over the weights serves from registers
 constexpr int TILE_INTS = 16 * LANES;
 
-struct alignas(64) TileShapes {
+struct alignas(64) TileShapes {  // 0 and 1 sums, 4 rows, 5 weights
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 32, 64};  // 0-3 sums, 4 rows, 5 weights
-    uint8_t rows[16] = {};
-
-    explicit TileShapes(int count) {
-        for (int i = 0; i < 5; i++) rows[i] = (uint8_t)count;
-        rows[5] = BLOCK / 4;
-    }
+    uint16_t bytes_per_row[16] = {64, 64, 0, 0, BLOCK, 64};
+    uint8_t rows[16] = {ROW_TILE, ROW_TILE, 0, 0, ROW_TILE, BLOCK / 4};
 };
 
 // A group's blocks as tiles, with their scales and minima as floats.
 struct Group {
     const uint8_t* bytes;
-    int64_t stride;  // from block to block
+    int64_t stride;       // from block to block
     const float* scales;  // [blocks, 32]: 16 scales, 16 minima
 };
 
-Group group_of(const Matrix& matrix, int index, void* scratch) {
+Group group_of(const Matrix& matrix, int index, uint8_t* space) {
     const uint8_t* w = matrix.data + index * matrix.stride;
     const int blocks = matrix.columns / BLOCK;
-    uint8_t* bytes = (uint8_t*)scratch;
-    float* scales = (float*)(bytes + 512 * blocks);
-    const Unpacked to{bytes, scales};
+    float* scales = (float*)(space + 512 * blocks);
     if (matrix.kind == Q4) {
-        for (int i = 0; i < 512; i += 64) prefetch(w + matrix.stride + i);
-        unpack_group(matrix, w, to);
-        return {bytes, 512, scales};
+        unpack_group(matrix, w, {space, scales});
+        return {space, 512, scales};
     }
     for (int b = 0; b < blocks; b++) store(scales + 32 * b, load_half(w + b * Q8_BLOCK + 512));
     return {w, Q8_BLOCK, scales};
 }
 
-// A block's products into one of four tiles. (The unit's registers are named by literals.)
-#define KVIST_MULTIPLY(TILE)                                                      \
-    if (count > TILE) {                                                           \
-        _tile_zero(TILE);                                                         \
-        _tile_loadd(4, rows + (block + TILE) * BLOCK, columns);                   \
-        _tile_loadd(5, group.bytes + (block + TILE) * group.stride, 64);          \
-        _tile_dpbsud(TILE, 4, 5);                                                 \
-        _tile_stored(TILE, sums + TILE * TILE_INTS, 64);                          \
-    }
+// Into one of the unit's tiles a block's products, and from there. (Tiles are named by literals.)
+#define KVIST_MULTIPLY(TILE, BLOCK_INDEX)                                   \
+    _tile_zero(TILE);                                                       \
+    _tile_loadd(4, row.q + (BLOCK_INDEX) * BLOCK, x.columns);               \
+    _tile_loadd(5, group.bytes + (BLOCK_INDEX) * group.stride, 64);         \
+    _tile_dpbsud(TILE, 4, 5)
 
-inline void multiply(const Group& group, const int8_t* rows, int64_t columns, int block, int count,
-                     int32_t* sums) {
-    KVIST_MULTIPLY(0)
-    KVIST_MULTIPLY(1)
-    KVIST_MULTIPLY(2)
-    KVIST_MULTIPLY(3)
+template <Kind KIND>
+inline void add_scaled(const int32_t* sums, const Group& group, const Row& row, int block,
+                       Floats* acc) {
+    const Floats d = load(group.scales + 32 * block), m = load(group.scales + 32 * block + 16);
+    const float *scale = row.scale + block * ROW_TILE, *sum = row.sum + block * ROW_TILE;
+    const int32_t* isum = row.isum + block * ROW_TILE;
+#pragma GCC unroll 16
+    for (int r = 0; r < ROW_TILE; r++) {
+        Ints whole = {_mm512_load_si512(sums + r * LANES)};
+        if (KIND == Q8) whole = whole + splat_int(-128 * isum[r]);
+        acc[r] = fma(to_floats(whole) * d, splat(scale[r]), acc[r]);
+        if (KIND == Q4) acc[r] = fma(m, splat(sum[r]), acc[r]);
+    }
 }
 
-// ROWS rows from `first` on, times one group. Sums of some blocks are scaled while the unit makes
-// the next ones.
-template <Kind KIND, int ROWS>
+// A tile of rows from `first` on, times one group. Two blocks' sums are scaled while the unit makes
+// the next two.
+template <Kind KIND>
 void tile_times_group(const Group& group, const Activations& x, int first, int rows, float* out,
                       int64_t ld, bool add) {
     const int blocks = x.columns / BLOCK;
     const Row row = row_of(x, first);
-    alignas(64) int32_t sums[2][AT_ONCE * TILE_INTS];
-    Floats acc[ROWS];
-    for (int r = 0; r < ROWS; r++) acc[r] = splat(0.f);
-    multiply(group, row.q, x.columns, 0, blocks < AT_ONCE ? blocks : AT_ONCE, sums[0]);
-    for (int b = 0, turn = 0; b < blocks; b += AT_ONCE, turn ^= 1) {
-        const int here = blocks - b < AT_ONCE ? blocks - b : AT_ONCE;
-        const int left = blocks - b - AT_ONCE;
-        if (left > 0)
-            multiply(group, row.q, x.columns, b + AT_ONCE, left < AT_ONCE ? left : AT_ONCE,
-                     sums[turn ^ 1]);
-        for (int i = 0; i < here; i++) {
-            const int at = b + i;
-            const Floats d = load(group.scales + 32 * at), m = load(group.scales + 32 * at + 16);
-            const int32_t* sum = sums[turn] + i * TILE_INTS;
+    alignas(64) int32_t sums[2 * TILE_INTS];
+    Floats acc[ROW_TILE];
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) {
-                Ints whole = {_mm512_load_si512(sum + r * LANES)};
-                if (KIND == Q8) whole = whole + splat_int(-128 * row.isum[r * blocks + at]);
-                acc[r] = fma(to_floats(whole) * d, splat(row.scale[r * blocks + at]), acc[r]);
-                if (KIND == Q4) acc[r] = fma(m, splat(row.sum[r * blocks + at]), acc[r]);
-            }
-        }
+    for (int r = 0; r < ROW_TILE; r++) acc[r] = splat(0.f);
+    KVIST_MULTIPLY(0, 0);
+    if (blocks > 1) { KVIST_MULTIPLY(1, 1); }
+    for (int block = 0; block < blocks; block += 2) {
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + TILE_INTS, 64);
+        if (block + 2 < blocks) { KVIST_MULTIPLY(0, block + 2); }
+        if (block + 3 < blocks) { KVIST_MULTIPLY(1, block + 3); }
+        add_scaled<KIND>(sums, group, row, block, acc);
+        if (block + 1 < blocks) add_scaled<KIND>(sums + TILE_INTS, group, row, block + 1, acc);
     }
-    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROW_TILE; r++) {  // unrolled, so that sums stay in registers
+        if (r == rows) return;
         float* to = out + r * ld;
         store(to, add ? load(to) + acc[r] : acc[r]);
     }
 }
 
 template <Kind KIND>
-void rows_times_group(const Group& group, const Activations& x, int rows, float* out, int64_t ld,
-                      bool add) {
-    if (rows <= 4) return tile_times_group<KIND, 4>(group, x, 0, rows, out, ld, add);
-    if (rows <= 8) return tile_times_group<KIND, 8>(group, x, 0, rows, out, ld, add);
+void rows_times_groups(const Group* groups, int count, const Activations& x, int rows, float* out,
+                       int64_t ld, bool add) {
     for (int r = 0; r < rows; r += ROW_TILE)
-        tile_times_group<KIND, ROW_TILE>(group, x, r, rows - r < ROW_TILE ? rows - r : ROW_TILE,
-                                         out + r * ld, ld, add);
+        for (int g = 0; g < count; g++)  // rows come from the nearest cache for all but the first
+            tile_times_group<KIND>(groups[g], x, r, rows - r, out + r * ld + g * LANES, ld, add);
 }
 
 void linear_on_tiles(const Matrix& matrix, int begin, int end, const Activations& x, int rows,
                      float* out, int64_t ld, bool add, void* scratch) {
     if (rows < FROM_ROWS)
         return kernels_avx512()->linear(matrix, begin, end, x, rows, out, ld, add, scratch);
-    const TileShapes shapes(rows <= 4 ? 4 : rows <= 8 ? 8 : ROW_TILE);
+    const TileShapes shapes;
     _tile_loadconfig(&shapes);
-    for (int g = begin; g < end; g++) {
-        const Group group = group_of(matrix, g, scratch);
+    const int64_t space = (512 + 128) * (int64_t)(matrix.columns / BLOCK);
+    for (int g = begin; g < end; g += 2) {
+        const int count = end - g < 2 ? 1 : 2;
+        Group groups[2];
+        for (int i = 0; i < count; i++)
+            groups[i] = group_of(matrix, g + i, (uint8_t*)scratch + i * space);
         float* to = out + (int64_t)g * LANES;
-        if (matrix.kind == Q4) rows_times_group<Q4>(group, x, rows, to, ld, add);
-        else rows_times_group<Q8>(group, x, rows, to, ld, add);
+        if (matrix.kind == Q4) rows_times_groups<Q4>(groups, count, x, rows, to, ld, add);
+        else rows_times_groups<Q8>(groups, count, x, rows, to, ld, add);
     }
     _tile_release();
 }

@@ -40,13 +40,18 @@ struct Matrix {
 };
 
 // Rows of activations as kernels multiply them. Row r, block b: values q[r * columns + 32 b + i] *
-// scale[r * blocks + b]; isum is the sum of the block's q, sum that times the scale.
+// scale[block_at(r, b)]; isum is the sum of the block's q, sum that times the scale. What belongs to
+// a block lies side by side for a tile of rows.
 struct Activations {
     int8_t* q;
     float* scale;
     float* sum;
     int32_t* isum;
     int32_t columns;
+
+    int64_t block_at(int row, int block) const {
+        return ((int64_t)(row / ROW_TILE) * (columns / BLOCK) + block) * ROW_TILE + row % ROW_TILE;
+    }
 };
 
 // One head of one side of the cache of one sequence. The token at position p begins at place

@@ -17,6 +17,7 @@ constexpr int AHEAD = 4096;  // bytes; a page, where hardware prefetchers stop
 // What a row's block adds, given its scale and the block's integer sum.
 inline int blocks_of(const Activations& x) { return x.columns / BLOCK; }
 
+// A row's bytes, and where its blocks' scales and sums begin, ROW_TILE apart.
 struct Row {
     const int8_t* q;
     const float *scale, *sum;
@@ -24,8 +25,8 @@ struct Row {
 };
 
 inline Row row_of(const Activations& x, int r) {
-    int64_t block = (int64_t)r * blocks_of(x);
-    return {x.q + (int64_t)r * x.columns, x.scale + block, x.sum + block, x.isum + block};
+    const int64_t at = x.block_at(r, 0);
+    return {x.q + (int64_t)r * x.columns, x.scale + at, x.sum + at, x.isum + at};
 }
 
 template <int ROWS>
@@ -49,8 +50,8 @@ inline void q4_group(const uint8_t* w, const Activations& x, int first, Floats* 
                 even = dot(even, low[j], q + 4 * j);
                 odd = dot(odd, high[j], q + 16 + 4 * j);
             }
-            acc[r] = fma(to_floats(even + odd) * d, splat(row[r].scale[b]), acc[r]);
-            acc[r] = fma(m, splat(row[r].sum[b]), acc[r]);
+            acc[r] = fma(to_floats(even + odd) * d, splat(row[r].scale[b * ROW_TILE]), acc[r]);
+            acc[r] = fma(m, splat(row[r].sum[b * ROW_TILE]), acc[r]);
         }
     }
     for (int r = 0; r < ROWS; r++) out[r] = acc[r];
@@ -69,12 +70,12 @@ inline void q8_group(const uint8_t* w, const Activations& x, int first, Floats* 
         Floats d = load_half(w + 512);
         for (int r = 0; r < ROWS; r++) {
             const int8_t* q = row[r].q + b * BLOCK;
-            Ints even = splat_int(UNSIGNED_DOT ? -128 * row[r].isum[b] : 0), odd = splat_int(0);
+            Ints even = splat_int(UNSIGNED_DOT ? -128 * row[r].isum[b * ROW_TILE] : 0), odd = splat_int(0);
             for (int j = 0; j < 8; j += 2) {
                 even = dot_q8(even, bytes[j], q + 4 * j);
                 odd = dot_q8(odd, bytes[j + 1], q + 4 * j + 4);
             }
-            acc[r] = fma(to_floats(even + odd) * d, splat(row[r].scale[b]), acc[r]);
+            acc[r] = fma(to_floats(even + odd) * d, splat(row[r].scale[b * ROW_TILE]), acc[r]);
         }
     }
     for (int r = 0; r < ROWS; r++) out[r] = acc[r];
@@ -132,7 +133,7 @@ inline void tile_of_rows(const Unpacked& w, const Activations& x, int first, flo
         Ints whole[ROWS];
         const bool offset = KIND == Q8 && UNSIGNED_DOT;
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) whole[r] = splat_int(offset ? -128 * row[r].isum[b] : 0);
+        for (int r = 0; r < ROWS; r++) whole[r] = splat_int(offset ? -128 * row[r].isum[b * ROW_TILE] : 0);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
             Bytes bytes = load_bytes(w.bytes + b * 512 + 64 * j);
@@ -145,11 +146,11 @@ inline void tile_of_rows(const Unpacked& w, const Activations& x, int first, flo
         Floats d = load(w.scales + 32 * b);
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++)
-            acc[r] = fma(to_floats(whole[r]) * d, splat(row[r].scale[b]), acc[r]);
+            acc[r] = fma(to_floats(whole[r]) * d, splat(row[r].scale[b * ROW_TILE]), acc[r]);
         if (KIND == Q4) {
             Floats m = load(w.scales + 32 * b + 16);
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) acc[r] = fma(m, splat(row[r].sum[b]), acc[r]);
+            for (int r = 0; r < ROWS; r++) acc[r] = fma(m, splat(row[r].sum[b * ROW_TILE]), acc[r]);
         }
     }
     for (int r = 0; r < ROWS; r++) {

@@ -8,7 +8,7 @@ namespace {
 using namespace kvist;
 
 inline void quantise_block(Floats a, Floats b, const Activations& to, int row, int block) {
-    const int64_t at = (int64_t)row * (to.columns / BLOCK) + block;
+    const int64_t at = to.block_at(row, block);
     const float most = maximum(max(abs(a), abs(b)));
     // A block of zeros, or one too small to divide by, stays zero.
     const float inverse = most > 1e-35f ? 127.f / most : most == most ? 0.f : most;
