@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,8 @@ def measure(name: str, model: str, asked: Asked, threads: int) -> dict[str, Any]
     }
 
 
-def with_kvist(model: str, asked: Asked, threads: int) -> Run:
-    """`kvist.LLM`, float32."""
+def with_kvist(model: str, asked: Asked, threads: int, executor: str = "auto") -> Run:
+    """`kvist.LLM` as it comes: for 4-bit weights native code, whose activations have 8 bits."""
     import torch
 
     import kvist
@@ -143,6 +144,7 @@ def with_kvist(model: str, asked: Asked, threads: int) -> Run:
     llm = kvist.LLM(
         model,
         dtype="float32",
+        executor=executor,
         prefix_cache=False,
         max_num_seqs=len(asked),
         max_model_len=max(len(ids) + new for ids, new in asked),
@@ -247,6 +249,7 @@ def load_in_transformers(model: str) -> Any:
 
 CONTENDERS: dict[str, Callable[[str, Asked, int], Run]] = {
     "kvist": with_kvist,
+    "kvist-float32": partial(with_kvist, executor="reference"),
     "openvino": with_openvino,
     "transformers": with_transformers,
 }

@@ -57,7 +57,7 @@ def test_advice_names_the_layers_that_stand_out_and_a_codec_that_works(model: kv
     assert "no layer stands out" in advise("int4", even)[0]
     one = [Sensitivity(0, 30.0), *even[1:]]
     [sentence] = advise("int4", one)
-    assert "1 layer of 6 cause 86%" in sentence
+    assert "1 layer of 6 causes 86%" in sentence
     setting = sentence.split('codec="')[1].split('"')[0]
     assert setting == "int4,0=int8"
     assert model.codec(setting).name == setting

@@ -172,8 +172,9 @@ def test_a_block_tells_its_tokens_where_they_stand_and_who_owns_it():
     serve(harness, "a", TEXT[:12], max_tokens=1)
     harness.add(make_request("b", TEXT[:13], max_tokens=9))
     harness.add(make_request("c", TEXT[:13], max_tokens=9))
+    harness.add(make_request("other", TEXT[20:33], max_tokens=9))
     harness.step()
-    shared = tree(harness)[0].blocks[1]
+    shared = next(b for b in tree(harness) if b.tokens == tuple(TEXT[:4])).blocks[1]
     detail = harness.scheduler.block(0, shared)
     assert (detail.tokens, detail.start) == (tuple(TEXT[4:8]), 4)
     assert detail.owners == (("b", 0), ("c", 0))

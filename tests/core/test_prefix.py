@@ -154,6 +154,10 @@ def corrupt_firsts(index: PrefixIndex) -> None:
     index._firsts.clear()
 
 
+def corrupt_roots(index: PrefixIndex) -> None:
+    index._roots.clear()
+
+
 def corrupt_dropped(index: PrefixIndex) -> None:
     node = index.intern(PrefixKeys((1, 2, 5, 5)), 2)[1]
     index._drop(node)
@@ -170,6 +174,7 @@ def corrupt_dropped(index: PrefixIndex) -> None:
         (corrupt_root, "has no children"),
         (corrupt_forgotten, "forgotten iff"),
         (corrupt_firsts, "first blocks"),
+        (corrupt_roots, "list of roots"),
         (corrupt_dropped, "no longer in the index"),
     ],
 )

@@ -24,17 +24,28 @@ def pyplot() -> Any:
 
 
 def plot_quality(quality: Quality, path: Path) -> None:
-    """Quality against bytes: the perplexity change of each codec over its bits per value."""
+    """Quality against bytes: the perplexity change of each codec over its bits per value.
+
+    Below it, where layers were measured alone, what each of them costs.
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140)
+    if quality.layers:
+        figure, (axes, below) = plt.subplots(
+            2, figsize=(7, 6.2), dpi=140, height_ratios=(2.2, 1), layout="constrained"
+        )
+        _plot_layers(quality, below)
+    else:
+        figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
     shown = [c for c in quality.codecs if c.codec != "plain"]
+    middle = sum(c.bits_per_value for c in shown) / max(len(shown), 1)
     for codec in shown:
         change, error = 100 * codec.perplexity_change, 100 * codec.standard_error
         axes.errorbar(codec.bits_per_value, change, yerr=error, fmt="o", capsize=3, markersize=7)
         axes.annotate(
             f"{codec.codec}\n{codec.bytes_per_token:,} B/token",
             (codec.bits_per_value, change),
-            xytext=(8, 6),
+            xytext=(8, 6) if codec.bits_per_value <= middle else (-8, 6),
+            ha="left" if codec.bits_per_value <= middle else "right",
             textcoords="offset points",
             fontsize=8,
         )
@@ -47,6 +58,13 @@ def plot_quality(quality: Quality, path: Path) -> None:
     axes.set_title(f"{quality.model}: cost of a compressed cache, {tokens:,} tokens", fontsize=10)
     axes.margins(x=0.15, y=0.2)
     axes.grid(alpha=0.25)
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _plot_layers(quality: Quality, axes: Any) -> None:
+    axes.bar([one.layer for one in quality.layers], [one.kl for one in quality.layers], width=0.7)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KL of it alone, nats")
+    axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)

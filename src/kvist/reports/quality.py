@@ -156,13 +156,10 @@ def advise(codec: str, layers: Sequence[Sensitivity], better: str = "int8") -> l
         return [f"{codec}: no layer stands out; more bits for single layers would gain little."]
     share = sum(found.kl for found in layers if found.layer in costly) / whole
     setting = ",".join([codec, *(f"{layer}={better}" for layer in costly)])
-    count = _plural(len(costly), "layer")
-    cause = f"{codec}: {count} of {len(layers)} cause {share:.0%} of the loss"
-    return [f'{cause}; codec="{setting}" spends {better} on them alone.']
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    one = len(costly) == 1
+    cause = f"{len(costly)} {'layer' if one else 'layers'} of {len(layers)}"
+    cause = f"{codec}: {cause} {'causes' if one else 'cause'} {share:.0%} of the loss"
+    return [f'{cause}; codec="{setting}" spends {better} on {"it" if one else "them"} alone.']
 
 
 def _parts(window: Window) -> PreparedPrompt:
