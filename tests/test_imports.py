@@ -24,7 +24,7 @@ SOURCE = ROOT / "src"
 FLOORS = (
     {"errors"},
     {"core", "text"},
-    {"cache", "kernels"},
+    {"cache", "grammar", "kernels"},
     {"attention"},
     {"models"},
     {"native", "parallel", "runner"},
@@ -32,12 +32,13 @@ FLOORS = (
     {"sample"},
     {"beam"},
     {"prepare"},
-    {"generate"},
+    {"embed", "generate"},
     {"chat", "engine"},
     {"prefixes"},
     {"prefixes", "serving"},
     {"llm", "async_engine"},
-    {"reports", "server", "integrations"},
+    {"reports", "integrations"},
+    {"server"},
     {"loadgen"},
     {"cli"},
     {"__main__"},
@@ -52,6 +53,10 @@ AT_THE_HEAD = {
     "typer": ("kvist.cli.",),
     "triton": ("kvist.attention.kernels.", "kvist.kernels."),
     "fastapi": ("kvist.server.",),
+    "prometheus_client": ("kvist.server.",),
+    "pydantic": ("kvist.server.",),
+    "starlette": ("kvist.server.",),
+    "uvicorn": ("kvist.server.",),
     # Modules that functions import when they need what these libraries do.
     "jinja2": ("kvist.text.sandbox",),
     "markdown_it": ("kvist.cli.markdown",),
@@ -59,8 +64,8 @@ AT_THE_HEAD = {
 }
 
 # Packages whose name is not that of the module, and what comes with another package.
-DISTRIBUTIONS = {"PIL": "pillow"}
-COMES_WITH = {"triton": "torch", "markdown_it": "rich"}
+DISTRIBUTIONS = {"PIL": "pillow", "prometheus_client": "prometheus-client"}
+COMES_WITH = {"triton": "torch", "markdown_it": "rich", "starlette": "fastapi"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import atexit
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,9 +18,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvist.core.params import SamplingParams
 from kvist.core.record import BlockDetail, Look, Snapshot
+from kvist.core.request import Grammar
 from kvist.core.results import Delta
-from kvist.engine import Engine, EngineConfig
+from kvist.embed import Pooling, embed
+from kvist.engine import Engine, EngineConfig, StepTimes
 from kvist.errors import EngineDead, KvistError
+from kvist.grammar import Grammars
+from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.model import Model, Prompt, load
 from kvist.sample import Sample
 from kvist.serving import Desk, Job, make_jobs
@@ -28,21 +32,18 @@ from kvist.serving import Desk, Job, make_jobs
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Stream:
-    """Where the deltas of one request go: a queue of the event loop that asked."""
+    """Where the news of one request go: a queue of the event loop that asked."""
 
     job: Job
     loop: asyncio.AbstractEventLoop
-    deltas: "asyncio.Queue[Delta | Exception]"
+    news: "asyncio.Queue[list[Delta] | Exception]"
 
-    def put(self, item: Delta | Exception) -> bool:
-        """Hand over from the engine's thread; False if the loop has gone and nobody listens."""
-        try:
-            self.loop.call_soon_threadsafe(self.deltas.put_nowait, item)
-        except RuntimeError:
-            return False
-        return True
+    def refuse(self, error: Exception) -> None:
+        """Tell it the end, from the engine's thread; nobody listens if the loop has gone."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.news.put_nowait, error)
 
 
 class _Call(NamedTuple):
@@ -81,7 +82,10 @@ class AsyncLLM:
         if not isinstance(model, Model):
             model = load(model, dtype, device, executor=executor)
         self.model = model
-        self._engine = Engine(self.model, config)
+        self.grammars = Grammars(
+            model.tokenizer, model.config.vocab_size, model.eos_token_ids, model.device
+        )
+        self._engine = Engine(self.model, config, mask_of=self.grammars.mask_of)
         self._desk = Desk(self._engine)
         self._streams: dict[str, _Stream] = {}
         self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -99,23 +103,25 @@ class AsyncLLM:
 
     async def submit(
         self,
-        prompt: Prompt,
+        prompt: Prompt | PreparedPrompt,
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        grammar: Grammar | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Stream one request.
 
         Leaving the iterator early, or cancelling it, aborts the request within one step.
 
         Args:
-            prompt: text, token ids, or chat messages.
+            prompt: text, token ids, chat messages, or what `Model.prepare` has made of them.
             params: None takes the model's defaults.
             request_id: unique among the unfinished; one is made up if need be.
             priority: lower goes first, where others wait.
             cache_salt: cached prefixes are shared only among requests of the same salt.
+            grammar: what the output is held to, from `grammars.compile`; for this request alone.
 
         Yields:
             What each step adds to one of the samples (`delta.sample_index`); each sample's last
@@ -125,6 +131,33 @@ class AsyncLLM:
             RequestError: the request makes no sense or can never fit.
             EngineDead: the engine has ended.
         """
+        steps = self.steps(
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            grammar=grammar,
+        )
+        async with aclosing(steps):
+            async for deltas in steps:
+                for delta in deltas:
+                    yield delta
+
+    async def steps(
+        self,
+        prompt: Prompt | PreparedPrompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        grammar: Grammar | None = None,
+    ) -> AsyncGenerator[list[Delta], None]:
+        """`submit`, but with all that a step adds to the request's samples in one piece.
+
+        A reader that falls behind gets several steps at once, each sample's in order.
+        """
         name = request_id if request_id is not None else f"r{next(self._ids)}"
         (job,) = make_jobs(
             self.model,
@@ -133,18 +166,19 @@ class AsyncLLM:
             lambda index: name,
             priority=priority,
             cache_salt=cache_salt,
-            max_length=self._engine.max_length,
+            grammar=grammar,
+            max_length=self.max_length,
         )
         stream = _Stream(job, asyncio.get_running_loop(), asyncio.Queue())
-        self._send(_Call(lambda: self._begin(stream), stream.put))
+        self._send(_Call(lambda: self._begin(stream), stream.refuse))
         left = len(job.samples)
         try:
             while left:
-                item = await stream.deltas.get()
+                item = await stream.news.get()
                 if isinstance(item, Exception):
                     left = 0
                     raise item
-                left -= item.result is not None
+                left -= sum(delta.result is not None for delta in item)
                 yield item
         finally:
             if left:
@@ -190,6 +224,23 @@ class AsyncLLM:
 
         self._send(_Call(reply, settle))
         return await answer
+
+    @property
+    def max_length(self) -> int:
+        """The longest prompt plus output that the engine takes."""
+        return self._engine.max_length
+
+    async def embed(self, token_ids: Sequence[int], pooling: Pooling = "last") -> list[float]:
+        """A prompt's last hidden states, pooled to a unit vector; see `kvist.embed`.
+
+        It is computed between two steps, so that others wait for it as for a long prompt.
+        """
+        ids = self.model.encode(token_ids)
+        return await self._ask(lambda: embed(self.model, ids, pooling))
+
+    def on_step(self, observe: Callable[[StepTimes], None] | None) -> None:
+        """Have each step's times told; `observe` is called on the engine's thread."""
+        self._engine.on_step = observe
 
     @property
     def alive(self) -> bool:
@@ -245,7 +296,7 @@ class AsyncLLM:
             with self._gate:
                 self._closed = True
             for stream in self._streams.values():
-                stream.put(self._dead())
+                stream.refuse(self._dead())
             self._streams.clear()
             with suppress(queue.Empty):
                 while True:
@@ -275,7 +326,7 @@ class AsyncLLM:
         try:
             self._desk.add(stream.job)
         except KvistError as error:
-            stream.put(error)
+            stream.refuse(error)
         else:
             self._streams[stream.job.request.id] = stream
 
@@ -287,18 +338,30 @@ class AsyncLLM:
             self._desk.abort(request_id)
 
     def _tell(self, touched: Sequence[Sample]) -> None:
-        """Hand each sample's news to whoever listens."""
+        """Hand each request what is new of its samples, and wake each event loop once."""
+        heard: dict[_Stream, list[Delta]] = {}
         for sample in touched:
             stream = self._streams.get(sample.request_id)
-            if stream is None:
-                continue
-            if not stream.put(sample.delta()):
-                self._leave(stream)
-        # Only now: several samples of one request may have ended in one step.
-        for sample in touched:
-            stream = self._streams.get(sample.request_id)
-            if stream is not None and stream.job.finished:
-                del self._streams[sample.request_id]
+            if stream is not None:
+                heard.setdefault(stream, []).append(sample.delta())
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[Delta]]]] = {}
+        for stream, deltas in heard.items():
+            by_loop.setdefault(stream.loop, []).append((stream, deltas))
+        for loop, news in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, news)
+            except RuntimeError:  # the loop has gone, and nobody listens
+                for stream, _ in news:
+                    self._leave(stream)
+        for stream in heard:
+            if stream.job.finished:
+                self._streams.pop(stream.job.request.id, None)
+
+
+def _deliver(news: Sequence[tuple[_Stream, list[Delta]]]) -> None:
+    """Put what a step has brought where each reader waits; on the readers' event loop."""
+    for stream, deltas in news:
+        stream.news.put_nowait(deltas)
 
 
 def _settle(answer: "asyncio.Future[T]", given: T | Exception) -> None:

@@ -7,6 +7,8 @@ thread; neither reaches past it. One thread calls it.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
 
 from torch import Tensor
 
@@ -79,6 +81,30 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be >= 0, not {getattr(self, name)}")
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the seconds of a step went, and what it computed.
+
+    Args:
+        phase: decodes, parts of prompts, or both.
+        schedule: deciding what to compute.
+        launch: handing it to the device; on a CPU the computation itself.
+        wait: for what came of it.
+        commit: taking that in.
+    """
+
+    phase: Literal["prefill", "decode", "mixed"]
+    schedule: float
+    launch: float
+    wait: float
+    commit: float
+
+    @property
+    def total(self) -> float:
+        """All of it; of steps that overlap, without what they waited for each other."""
+        return self.schedule + self.launch + self.wait + self.commit
+
+
 class Engine:
     """Continuous batching over one paged pool.
 
@@ -135,6 +161,7 @@ class Engine:
         self._mask_of = mask_of
         overlap = model.device.type == "cuda" if config.overlap is None else config.overlap
         self._depth = 2 if overlap else 1
+        self.on_step: Callable[[StepTimes], None] | None = None
         self._open_books()
 
     def _open_books(self) -> None:
@@ -169,7 +196,7 @@ class Engine:
             encode=None if model.vision is None else self._encode,
             mask_of=self._mask_of,
         )
-        self._under_way: deque[tuple[Plan, Ticket]] = deque()
+        self._under_way: deque[tuple[Plan, Ticket, float, float]] = deque()
 
     def add(self, request: Request) -> None:
         """Queue a request; raises RequestError if it can never be served."""
@@ -202,12 +229,23 @@ class Engine:
 
     def _step_on(self) -> list[Event]:
         while len(self._under_way) < self._depth and self.scheduler.has_work:
+            began = perf_counter()
             plan = self.scheduler.schedule()
-            self._under_way.append((plan, self.runner.execute(plan)))
+            planned = perf_counter()
+            ticket = self.runner.execute(plan)
+            times = (planned - began, perf_counter() - planned)
+            self._under_way.append((plan, ticket, *times))
         if not self._under_way:
             return []
-        plan, ticket = self._under_way.popleft()
-        return self.scheduler.commit(plan, ticket.result())
+        plan, ticket, schedule, launch = self._under_way.popleft()
+        began = perf_counter()
+        output = ticket.result()
+        done = perf_counter()
+        events = self.scheduler.commit(plan, output)
+        if self.on_step is not None and plan.rows:
+            wait, commit = done - began, perf_counter() - done
+            self.on_step(StepTimes(_phase(plan), schedule, launch, wait, commit))
+        return events
 
     def move_blocks(self) -> None:
         """Carry out moves of blocks that no plan will; only while nothing is under way."""
@@ -251,6 +289,14 @@ class Engine:
             wanted += (1 + one * config.max_num_seqs) * block
         share = 0.9 if self.model.device.type == "cuda" else 0.5
         return int(min(wanted, share * available_memory(self.model.device)))
+
+
+def _phase(plan: Plan) -> Literal["prefill", "decode", "mixed"]:
+    """What a plan computes. Rows of one token stand first, so the two ends tell."""
+    longest, shortest = (len(row.tokens) - row.num_drafts for row in (plan.rows[-1], plan.rows[0]))
+    if longest == 1:
+        return "decode"
+    return "mixed" if shortest == 1 else "prefill"
 
 
 def _save_ahead(config: EngineConfig) -> int:

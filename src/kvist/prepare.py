@@ -9,13 +9,14 @@ from typing import Any
 from kvist.beam import check_beams
 from kvist.core.params import SamplingParams
 from kvist.errors import ContextTooLong, RequestError
+from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.model import Model, Prompt
 from kvist.sample import Sample
 
 
 def prepare(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | PreparedPrompt],
     params: SamplingParams | Sequence[SamplingParams] | None,
     max_length: int | None = None,
 ) -> list[Sample]:
@@ -67,7 +68,8 @@ def prepare(
 
 
 def params_for(
-    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[Prompt | PreparedPrompt],
+    params: SamplingParams | Sequence[SamplingParams] | None,
 ) -> list[SamplingParams]:
     """One for each prompt, whether one, a list or nothing was given."""
     if params is None or isinstance(params, SamplingParams):

@@ -15,10 +15,11 @@ from kvist.core.plan import (
     TokenLogprobs,
     TokensEvent,
 )
-from kvist.core.request import Request
+from kvist.core.request import Grammar, Request
 from kvist.core.results import TokenLogprob
 from kvist.engine import Engine
 from kvist.errors import NotSupported
+from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.model import Model, Prompt
 from kvist.prepare import prepare
 from kvist.sample import Sample
@@ -39,12 +40,13 @@ class Job:
 
 def make_jobs(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | PreparedPrompt],
     params: SamplingParams | Sequence[SamplingParams] | None,
     ids: Callable[[int], str],
     *,
     priority: int = 0,
     cache_salt: str = "",
+    grammar: Grammar | None = None,
     max_length: int | None = None,
 ) -> list[Job]:
     """Check every prompt and parameter, and make a request of each.
@@ -56,6 +58,7 @@ def make_jobs(
         ids: the request id of the prompt with this index.
         priority: lower goes first.
         cache_salt: prefixes are shared only among requests of the same salt.
+        grammar: what the outputs are held to.
         max_length: the engine's longest prompt plus output; None is the model's.
 
     Raises:
@@ -79,6 +82,7 @@ def make_jobs(
                 priority=priority,
                 cache_salt=cache_salt,
                 eos_token_ids=model.eos_token_ids,
+                grammar=grammar,
             ),
             samples,
         )

@@ -145,14 +145,16 @@ class Model:
             raise RequestError(f"{self.name} has no tokenizer; give the prompt as token ids")
         return self.tokenizer
 
-    def prepare(self, prompt: Prompt, **template: Any) -> "PreparedPrompt":
+    def prepare(self, prompt: "Prompt | PreparedPrompt", **template: Any) -> "PreparedPrompt":
         """A prompt's token ids, and where its pictures' embeddings go; arguments as in `encode`.
 
         Pictures are content parts of chat messages, `{"type": "image", "image": picture}`: a path,
-        bytes, a data URL or a PIL image.
+        bytes, a data URL or a PIL image. What is prepared already comes back as it is.
         """
         from kvist.loading.image_prompt import PreparedPrompt
 
+        if isinstance(prompt, PreparedPrompt):
+            return prompt
         if self.processor is None or (isinstance(prompt, Sequence) and not _is_chat(prompt)):
             return PreparedPrompt(self.encode(prompt, **template), ())
         return self.processor.prepare(prompt, **template)
