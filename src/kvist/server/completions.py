@@ -1,0 +1,212 @@
+"""`/v1/completions`: texts and token ids to what follows them, in OpenAI's older shape."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from kvist.core.results import Result, TokenLogprob
+from kvist.loading.model import Model
+from kvist.server.chat import Chunks
+from kvist.server.errors import ApiError
+from kvist.server.formats import format_source
+from kvist.server.generation import Asked, Tally, asked_for, generate
+from kvist.server.outputs import token_text
+from kvist.server.prompts import text_prompt
+from kvist.server.served import Served, request_id_of, served_by
+from kvist.server.sse import DONE, STREAMED, EventStream, Work
+from kvist.server.wire.common import CachedTokens, UsageBody
+from kvist.server.wire.completions import (
+    CompletionAnswer,
+    CompletionRequest,
+    TextChoice,
+    TextLogprobs,
+    prompts_of,
+)
+
+router = APIRouter(tags=["completions"])
+
+Logprob = tuple[int, TokenLogprob | None]
+"""A token, and what is known of it: nothing of a prompt's first."""
+
+
+@router.post(
+    "/v1/completions", response_model=CompletionAnswer, responses=STREAMED, operation_id="complete"
+)
+async def create(body: CompletionRequest, request: Request) -> Response:
+    """Continue one or several texts."""
+    served = served_by(request)
+    model = served.check_model(body.model)
+    prompts = prompts_of(body.prompt)
+    served.gate.check(len(prompts) * body.n)
+    if len(prompts) * body.n > served.settings.max_samples:
+        raise ApiError(
+            400,
+            f"{len(prompts)} prompts x n {body.n} is more than {served.settings.max_samples}",
+            param="prompt",
+        )
+    source = format_source(body.response_format, "never", served.engine.grammars.tag)
+    params = body.sampling_params(
+        max_tokens=body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    asked = []
+    for prompt in prompts:
+        grammar = (
+            None
+            if source is None
+            else await served.aside(lambda: served.engine.grammars.compile(source))
+        )
+        prepared = await text_prompt(served, prompt)
+        asked.append(
+            asked_for(
+                served, prepared, params, grammar=grammar, priority=body.priority,
+                cache_salt=body.cache_salt,
+            )
+        )  # fmt: skip
+    texts = [_echo(served, prompt, one) for prompt, one in zip(prompts, asked, strict=True)]
+    tally = Tally(sum(len(one.prompt.token_ids) for one in asked))
+    work = _Completion(
+        request_id_of(request, "cmpl"), model, body, asked, texts if body.echo else None, tally
+    )
+    if body.stream:
+        return EventStream(_stream(served, request, work))
+
+    async def whole() -> str:
+        return (await _whole(served, request, work)).model_dump_json()
+
+    return Work(whole)
+
+
+@dataclass
+class _Completion:
+    """What is under way."""
+
+    id: str
+    model: str
+    body: CompletionRequest
+    asked: list[Asked]
+    echoes: list[str] | None
+    tally: Tally
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def usage(self) -> UsageBody:
+        """What it has taken so far."""
+        tally = self.tally
+        return UsageBody(
+            prompt_tokens=tally.prompt_tokens,
+            completion_tokens=tally.output_tokens,
+            total_tokens=tally.prompt_tokens + tally.output_tokens,
+            prompt_tokens_details=CachedTokens(cached_tokens=tally.cached_tokens),
+        )
+
+    def echo(self, index: int) -> str:
+        """What an output begins with."""
+        return "" if self.echoes is None else self.echoes[index // self.body.n]
+
+    def prompt_of(self, index: int) -> tuple[int, ...]:
+        """The prompt of an output."""
+        return self.asked[index // self.body.n].prompt.token_ids
+
+
+def _echo(served: Served, prompt: str | list[int], asked: Asked) -> str:
+    """The prompt as text."""
+    tokenizer = served.model.tokenizer
+    if isinstance(prompt, str) or tokenizer is None:
+        return prompt if isinstance(prompt, str) else ""
+    return tokenizer.decode(asked.prompt.token_ids, skip_special_tokens=False)
+
+
+async def _whole(served: Served, request: Request, work: _Completion) -> CompletionAnswer:
+    results: dict[int, Result] = {}
+    async with aclosing(generate(served, request, work.id, work.asked, work.tally)) as steps:
+        async for news in steps:
+            results |= {index: delta.result for index, delta in news if delta.result is not None}
+    choices = []
+    for index, result in sorted(results.items()):
+        echo = work.echo(index)
+        known: list[Logprob] = [(one.token_id, one) for one in result.logprobs or ()]
+        if work.body.echo:
+            prompt = work.prompt_of(index)
+            known = [*zip(prompt, result.prompt_logprobs or (), strict=False), *known]
+        choices.append(
+            TextChoice.model_construct(
+                index=index,
+                text=echo + result.text,
+                logprobs=_Offsets(served.model).logprobs(known, work.body.logprobs),
+                finish_reason=result.finish_reason,
+            )
+        )
+    return CompletionAnswer(
+        id=work.id, created=work.created, model=work.model, choices=choices, usage=work.usage
+    )
+
+
+class _Offsets:
+    """Log-probabilities in the older shape, with each token's place in the text."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._place = 0
+
+    def logprobs(self, known: Sequence[Logprob], top: int | None) -> TextLogprobs | None:
+        """The next tokens'; None where nobody asked."""
+        if top is None:
+            return None
+        tokens, offsets = [], []
+        hidden = frozenset() if self._model.tokenizer is None else self._model.tokenizer.special_ids
+        for token, _ in known:
+            text = token_text(self._model, token).text
+            tokens.append(text)
+            offsets.append(self._place)
+            self._place += 0 if token in hidden else len(text)
+        return TextLogprobs(
+            tokens=tokens,
+            token_logprobs=[None if one is None else max(one.logprob, -9999.0) for _, one in known],
+            top_logprobs=[
+                None
+                if one is None
+                else {token_text(self._model, t).text: max(p, -9999.0) for t, p in one.top}
+                for _, one in known
+            ]
+            if top
+            else None,
+            text_offset=offsets,
+        )
+
+
+async def _stream(
+    served: Served, request: Request, work: _Completion
+) -> AsyncGenerator[bytes, None]:
+    body = work.body
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    chunks = Chunks(work.id, work.created, work.model, usage=usage, kind="text_completion")
+    offsets: dict[int, _Offsets] = {}
+    async with aclosing(generate(served, request, work.id, work.asked, work.tally)) as steps:
+        async for news in steps:
+            pieces: list[str] = []
+            for index, delta in news:
+                text, known = delta.text, [(one.token_id, one) for one in delta.logprobs]
+                if index not in offsets:
+                    offsets[index] = _Offsets(served.model)
+                    text = work.echo(index) + text
+                logprobs = offsets[index].logprobs(known, body.logprobs)
+                result = delta.result
+                if text or known or result is not None:
+                    pieces.append(
+                        chunks.text(
+                            index,
+                            text,
+                            "null" if logprobs is None else logprobs.model_dump_json(),
+                            None if result is None else result.finish_reason,
+                        )
+                    )
+            if pieces:
+                yield "".join(pieces).encode()
+    last = chunks.usage(work.usage) if usage else ""
+    yield last.encode() + DONE
