@@ -113,7 +113,7 @@ inline void hide(float* scores, int begin, int end) {
     for (int i = begin > 0 ? begin : 0; i < end; i++) scores[i] = -__builtin_inff();
 }
 
-inline void attend_together(const Attention& task, int query, int queries) {
+template <bool FETCH> inline void attend_together(const Attention& task, int query, int queries) {
     const int head_dim = task.head_dim;
     alignas(64) float scores[TOGETHER * SPAN + 16], space[16 * MOST_HEAD_DIM];
     const float* tokens[16];
@@ -134,7 +134,7 @@ inline void attend_together(const Attention& task, int query, int queries) {
         // From a whole run on: what lies before the range is there to be read, and hidden below.
         for (int p = range.begin / 16 * 16; p < range.end; p += 16) {
             const int count = range.end - p < 16 ? range.end - p : 16;
-            read_sixteen(task.keys, p, count, head_dim, space, tokens);
+            read_sixteen<FETCH>(task.keys, p, count, head_dim, space, tokens);
             float* to = scores + (p - task.begin);
             if (head_dim == 64) score_all<4>(tokens, q, queries, head_dim, to);
             else score_all<0>(tokens, q, queries, head_dim, to);
@@ -150,7 +150,7 @@ inline void attend_together(const Attention& task, int query, int queries) {
     for (const Range& range : ranges)
         for (int p = range.begin; p < range.end; p += 16) {
             const int count = range.end - p < 16 ? range.end - p : 16;
-            read_sixteen(task.values, p, count, head_dim, space, tokens);
+            read_sixteen<FETCH>(task.values, p, count, head_dim, space, tokens);
             const float* weights = scores + (p - task.begin);
             int channel = 0;
             for (; channel + 64 <= head_dim; channel += 64) {
@@ -166,8 +166,10 @@ inline void attend_together(const Attention& task, int query, int queries) {
 
 void attend(const Attention& task) {
     for (int query = 0; query < task.queries; query += TOGETHER) {
-        const int left = task.queries - query;
-        attend_together(task, query, left < TOGETHER ? left : TOGETHER);
+        const int left = task.queries - query, queries = left < TOGETHER ? left : TOGETHER;
+        // Many queries find in the cache what those before them read.
+        if (task.fetch) attend_together<true>(task, query, queries);
+        else attend_together<false>(task, query, queries);
     }
 }
 

@@ -78,6 +78,7 @@ struct Attention {
     int32_t queries, head_dim, begin, end, sinks;
     const int32_t *first, *last;
     float* out;  // [queries, part_record]
+    bool fetch;  // whether the span is read from memory, this once
 };
 
 // A query's part of a span: sum of exp(score - max) * value for each channel, max, sum of exp.

@@ -196,7 +196,9 @@ inline void read_token(const HeadPlane& plane, const Place& place, int head_dim,
 }
 
 // The tokens at `count` positions from `from` on, 16 at most, as floats: pointers to them where they
-// lie, or to `space`, [16, head_dim]. Pointers from `count` on repeat the last.
+// lie, or to `space`, [16, head_dim]. Pointers from `count` on repeat the last. FETCH: from memory, so
+// what comes a page later is fetched.
+template <bool FETCH>
 inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_dim, float* space,
                          const float** out) {
     const bool one_block =
@@ -211,7 +213,7 @@ inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_d
         if (i && one_block) place.token++;
         else if (i) place = Place(plane, from + i);
         const uint8_t* x = place.x(plane);
-        for (int64_t line = 0; line < bytes; line += 64) prefetch(x + 4096 + line);
+        for (int64_t line = 0; FETCH && line < bytes; line += 64) prefetch(x + 4096 + line);
         if (plane.element == F32) {
             out[i] = (const float*)x;
         } else {

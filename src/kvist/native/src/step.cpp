@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -20,6 +21,8 @@ struct Block {
 };
 
 constexpr int BLOCK_QUERIES = 12;
+constexpr int PHASES = 10;  // of a layer in which work is dealt out, at most
+constexpr int GROUPS = 4;  // of 16 rows of a matrix that a thread takes at a time
 
 // One pass over the weights for the rows [first, first + rows) of a step.
 class Pass {
@@ -27,7 +30,8 @@ class Pass {
     Pass(Model& model, Workspace& space, const StepInput& input, int first, int rows)
         : m(model), w(space), in(input), s(model.shape), k(model.kernels), first_(first),
           rows_(rows), threads_(model.pool.threads()), group_(s.heads / s.kv_heads),
-          q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size) {
+          q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
+          dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
         const int together = std::max(1, BLOCK_QUERIES / group_);
         for (int b = 0; b < in.sequences; b++) {
             const int end = std::min(in.query_starts[b + 1], first + rows);
@@ -39,7 +43,7 @@ class Pass {
         logits_begin_ = std::lower_bound(in.logit_rows, rows_end, first) - in.logit_rows;
         logits_end_ = std::lower_bound(in.logit_rows, rows_end, first + rows) - in.logit_rows;
         // Few blocks: their spans are dealt out, and merged by all; the numbers are the same.
-        split_ = (int64_t)blocks_.size() * s.kv_heads < 8 * threads_;
+        split_ = rows <= FEW_ROWS || (int64_t)blocks_.size() * s.kv_heads < 8 * threads_;
         int64_t spans = 0;
         for (const Block& block : blocks_) {
             begins_.push_back(spans);
@@ -49,6 +53,7 @@ class Pass {
     }
 
     void work(int t) {
+        turns_[t].value = 0;
         begin(t);
         m.pool.barrier(t);
         for (int l = 0; l < s.layers; l++) layer(l, t);
@@ -57,6 +62,23 @@ class Pass {
 
   private:
     Share mine(int64_t n, int t) const { return share(n, t, threads_); }
+
+    // Work of a phase, as runs of pieces. Few rows read weights once: each thread reads its own in
+    // one stream. Many rows compute: threads take small runs in turn, so that one which has lost its
+    // core to another program holds up little. All threads deal in the same order.
+    template <typename Work> void deal(int t, int64_t pieces, int64_t run, Work work) {
+        std::atomic<int64_t>& next = dealt_[turns_[t].value++];
+        if (rows_ <= FEW_ROWS) {
+            const Share own = mine(pieces, t);
+            if (own.begin < own.end) work(own);
+            return;
+        }
+        for (;;) {
+            const int64_t begin = next.fetch_add(run, std::memory_order_relaxed);
+            if (begin >= pieces) return;
+            work(Share{begin, std::min(begin + run, pieces)});
+        }
+    }
 
     float* x(int64_t row) const { return w.x + row * s.hidden; }
     float* q(int64_t row) const { return w.projected + row * ld; }
@@ -87,9 +109,15 @@ class Pass {
         const bool few = rows <= FEW_ROWS;
         Activations to = few ? w.own[t] : w.shared;
         to.columns = columns;
-        const Share part = few ? Share{0, rows} : mine(rows, t);
-        for (int64_t r = part.begin; r < part.end; r++) make(to, (int)r);
-        if (!few) m.pool.barrier(t);
+        auto make_all = [&](Share part) {
+            for (int64_t r = part.begin; r < part.end; r++) make(to, (int)r);
+        };
+        if (few) {
+            make_all({0, rows});
+        } else {
+            deal(t, rows, ROW_TILE, make_all);
+            m.pool.barrier(t);
+        }
         return to;
     }
 
@@ -120,7 +148,9 @@ class Pass {
             k.quantise(from, to, r);
         });
         const Matrix& output = layer.matrices[O_PROJ];
-        linear(output, mine(output.groups, t), attended, rows_, w.x, s.hidden, true, t);
+        deal(t, output.groups, GROUPS, [&](Share part) {
+            linear(output, part, attended, rows_, w.x, s.hidden, true, t);
+        });
         m.pool.barrier(t);
         mlp(layer, t);
     }
@@ -128,26 +158,30 @@ class Pass {
     void project(const Layer& layer, int t) {
         const Activations from = normed(t, layer.input_norm);
         const Matrix* parts = layer.matrices;
-        const Share all = mine(parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups, t);
-        int64_t before = 0;
-        for (int slot = Q_PROJ; slot <= V_PROJ; slot++) {
-            const int64_t groups = parts[slot].groups;
-            const Share part{std::clamp<int64_t>(all.begin - before, 0, groups),
-                             std::clamp<int64_t>(all.end - before, 0, groups)};
-            linear(parts[slot], part, from, rows_, w.projected + before * LANES, ld, false, t);
-            before += groups;
-        }
+        const int64_t groups = parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups;
+        deal(t, groups, GROUPS, [&](Share all) {
+            int64_t before = 0;
+            for (int slot = Q_PROJ; slot <= V_PROJ; slot++) {
+                const int64_t own = parts[slot].groups;
+                const Share part{std::clamp<int64_t>(all.begin - before, 0, own),
+                                 std::clamp<int64_t>(all.end - before, 0, own)};
+                linear(parts[slot], part, from, rows_, w.projected + before * LANES, ld, false, t);
+                before += own;
+            }
+        });
     }
 
     void mlp(const Layer& layer, int t) {
         const Activations from = normed(t, layer.post_norm);
         const Matrix &gate = layer.matrices[GATE], &down = layer.matrices[DOWN];
-        const Share blocks = mine(s.intermediate / BLOCK, t);
-        if (blocks.begin < blocks.end)
+        deal(t, s.intermediate / BLOCK, 1, [&](Share blocks) {
             k.gate_up(gate, layer.matrices[UP], (int)blocks.begin, (int)blocks.end, from, rows_,
                       w.intermediate, w.scratch[t]);
+        });
         m.pool.barrier(t);
-        linear(down, mine(down.groups, t), w.intermediate, rows_, w.x, s.hidden, true, t);
+        deal(t, down.groups, GROUPS, [&](Share part) {
+            linear(down, part, w.intermediate, rows_, w.x, s.hidden, true, t);
+        });
         m.pool.barrier(t);
     }
 
@@ -182,24 +216,25 @@ class Pass {
         const LayerInput& layer = in.layers[l];
         const float scale = 1.f / std::sqrt((float)s.head_dim);
         const bool rotated = layer.key.element >= I8;
-        const Share items = mine((int64_t)rows_ * s.kv_heads, t);
-        size_t b = 0;
-        for (int64_t i = items.begin; i < items.end; i++) {
-            const int row = (int)(i / s.kv_heads), head = (int)(i % s.kv_heads);
-            while (row >= blocks_[b].row + blocks_[b].count) b++;
-            const int position = blocks_[b].position + row - blocks_[b].row;
-            for (int g = 0; g < group_; g++) {
-                float* query = q(row) + (head * group_ + g) * s.head_dim;
-                turn(query, m.layers[l].q_norm, row, scale);
-                if (rotated) k.unrotate(query, s.head_dim);
+        deal(t, (int64_t)rows_ * s.kv_heads, 48, [&](Share items) {
+            size_t b = 0;
+            for (int64_t i = items.begin; i < items.end; i++) {
+                const int row = (int)(i / s.kv_heads), head = (int)(i % s.kv_heads);
+                while (row >= blocks_[b].row + blocks_[b].count) b++;
+                const int position = blocks_[b].position + row - blocks_[b].row;
+                for (int g = 0; g < group_; g++) {
+                    float* query = q(row) + (head * group_ + g) * s.head_dim;
+                    turn(query, m.layers[l].q_norm, row, scale);
+                    if (rotated) k.unrotate(query, s.head_dim);
+                }
+                float* own = key(row) + head * s.head_dim;
+                turn(own, m.layers[l].k_norm, row, 1.f);
+                const int sequence = blocks_[b].sequence;
+                k.store(plane(layer, layer.key, sequence, head), position, own, s.head_dim);
+                k.store(plane(layer, layer.value, sequence, head), position,
+                        value(row) + head * s.head_dim, s.head_dim);
             }
-            float* own = key(row) + head * s.head_dim;
-            turn(own, m.layers[l].k_norm, row, 1.f);
-            const int sequence = blocks_[b].sequence;
-            k.store(plane(layer, layer.key, sequence, head), position, own, s.head_dim);
-            k.store(plane(layer, layer.value, sequence, head), position,
-                    value(row) + head * s.head_dim, s.head_dim);
-        }
+        });
     }
 
     // Spans of a block: those that hold sinks, then those from the first that a query sees.
@@ -252,7 +287,7 @@ class Pass {
         k.attend({plane(layer, layer.key, block.sequence, head),
                   plane(layer, layer.value, block.sequence, head), queries, block.count * group_,
                   s.head_dim, span * SPAN, span * SPAN + SPAN, layer.window ? layer.sinks : 0, first,
-                  last, to});
+                  last, to, block.count == 1});
     }
 
     // All queries of one head of a block's row i -> out [group, head_dim].
@@ -270,19 +305,20 @@ class Pass {
     void attention(int l, int t) {
         const LayerInput& layer = in.layers[l];
         if (split_) return attend_spans(layer, t);
-        // Neighbouring blocks see about as much, so dealing them out in turn is fair.
-        const int64_t items = (int64_t)blocks_.size() * s.kv_heads;
         const int64_t base = t * most_of_a_thread();
-        for (int64_t i = t; i < items; i += threads_) {
-            const Block& block = blocks_[i / s.kv_heads];
-            const int head = (int)(i % s.kv_heads);
-            const Spans spans = spans_of(layer, block);
-            for (int n = 0; n < spans.count; n++)
-                attend(layer, block, head, spans.at(n), part(block, base, 0, n));
-            for (int r = 0; r < block.count; r++)
-                merge(layer, block, base, 0, r,
-                      w.attended + (int64_t)(block.row + r) * q_size + head * group_ * s.head_dim);
-        }
+        deal(t, (int64_t)blocks_.size() * s.kv_heads, 1, [&](Share items) {
+            for (int64_t i = items.begin; i < items.end; i++) {
+                const Block& block = blocks_[i / s.kv_heads];
+                const int head = (int)(i % s.kv_heads);
+                const Spans spans = spans_of(layer, block);
+                for (int n = 0; n < spans.count; n++)
+                    attend(layer, block, head, spans.at(n), part(block, base, 0, n));
+                for (int r = 0; r < block.count; r++)
+                    merge(layer, block, base, 0, r,
+                          w.attended + (int64_t)(block.row + r) * q_size +
+                              head * group_ * s.head_dim);
+            }
+        });
     }
 
     // Threads take runs of spans, head by head and block by block.
@@ -322,8 +358,9 @@ class Pass {
             k.norm_quantise(x(row), m.norm.data(), s.norm_eps, to, i);
         });
         const int64_t width = (int64_t)m.head.groups * LANES;
-        linear(m.head, mine(m.head.groups, t), from, rows, in.logits + logits_begin_ * width, width,
-               false, t);
+        deal(t, m.head.groups, 64, [&](Share part) {
+            linear(m.head, part, from, rows, in.logits + logits_begin_ * width, width, false, t);
+        });
     }
 
     Model& m;
@@ -336,6 +373,12 @@ class Pass {
     std::vector<int64_t> begins_;  // of each block's parts, where they are dealt out
     int64_t logits_begin_, logits_end_;
     bool split_;
+    // What is dealt out already of each phase, and at which phase each thread is.
+    std::vector<std::atomic<int64_t>> dealt_;
+    struct alignas(64) Turn {
+        int value = 0;
+    };
+    std::vector<Turn> turns_;
 };
 
 }  // namespace
