@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import kvist
-from kvist.cli import bench, chat, generate, info, plan, pull, quality, verify
+from kvist.cli import bench, chat, generate, info, plan, pull, quality, roofline, serve, verify
 from kvist.errors import KvistError
 
 app = typer.Typer(
@@ -24,12 +24,14 @@ app = typer.Typer(
 )
 app.command("generate")(generate.command)
 app.command("chat")(chat.command)
+app.command("serve")(serve.command)
 app.command("pull")(pull.command)
 app.command("info")(info.command)
 app.command("quality")(quality.command)
 app.command("verify")(verify.command)
 app.command("plan")(plan.command)
 app.add_typer(bench.app, name="bench")
+app.command("roofline")(roofline.command)
 
 
 def _version(shown: bool) -> None:
