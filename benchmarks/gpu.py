@@ -193,37 +193,36 @@ def one_sequence(q: Tensor, blocks: Tensor, n: int, keys: Any, values: Any) -> T
 
 
 def bench_short(block_size: int = 32) -> None:
-    """Where to split short contexts: batch 1 and batch 256."""
-    from kvist.attention.kernels.launch import Pages, Splits, Tuning, Workspace, decode
+    """256 contexts of 100 to 2,000 tokens, every codec: where to split, how many programs."""
+    from kvist.attention.kernels import launch
+    from kvist.attention.kernels.launch import Pages, Splits, Workspace, decode
     from kvist.core.spec import AttentionSpec
 
-    heads, kv_heads, dim = 16, 8, 128
-    for batch, context in ((1, 512), (1, 4096), (8, 512), (256, 512), (256, 1024)):
-        width, copies = context // block_size, max(1, 256 // batch)
-        blocks = copies * batch * width + 1
-        keys, _ = random_planes("bf16", blocks, block_size, kv_heads, dim)
-        values, _ = random_planes("bf16", blocks, block_size, kv_heads, dim)
-        order = (torch.randperm(blocks - 1, device="cuda") + 1).int().view(copies, batch, width)
-        lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-        starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
-        out = torch.empty_like(q)
-        floor = batch * context * kv_heads * dim * 4 / PEAK_GB / 1e6
-        tunings = (Tuning(64, 4, 3), Tuning(64, 4, 5), Tuning(32, 4, 5))
-        for tuning in tunings:
-            for splits in (Splits(64), Splits(128), Splits(256)):
-                work = Workspace.make(batch, heads, dim, splits.most(context), q.device)
+    heads, kv_heads, dim, batch = 16, 8, 128, 256
+    usual = launch.WARPS
+    lengths = torch.randint(100, 2000, (batch,), generator=torch.Generator().manual_seed(0))
+    width = -(-int(lengths.max()) // block_size)
+    order = (torch.randperm(batch * width, device="cuda") + 1).int().view(batch, width)
+    lens = lengths.int().cuda()
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
+    out = torch.empty_like(q)
+    for kind in ("bf16", "fp8", "int4", "int8"):
+        keys, _ = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
+        values, _ = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
+        pages = Pages(keys, values, AttentionSpec(kv_heads, dim), block_size, order, lens, starts)
+        for splits in (Splits(), Splits(128), Splits(256), Splits(512)):
+            # As a recording for contexts of up to 4,096 tokens has it.
+            work = Workspace.make(batch, heads, dim, splits.most(4096), q.device)
+            for warps in (4096, 8192, 16384, 1 << 22):
+                launch.WARPS = warps
 
-                def call(s: Any = splits, w: Any = work, t: Any = tuning) -> None:
-                    for i in range(min(copies, 32)):
-                        pages = Pages(keys, values, AttentionSpec(kv_heads, dim), block_size,
-                                      order[i], lens, starts)  # fmt: skip
-                        decode(q, pages, out, w, dim**-0.5, ragged=False, splits=s, tuning=t)
+                def call(s: Any = splits, w: Any = work) -> None:
+                    decode(q, pages, out, w, dim**-0.5, ragged=False, splits=s)
 
-                ms = graph_ms(call, 20) / min(copies, 32)
-                note(what="short contexts", batch=batch, context=context, tile=tuning.tile,
-                     warps=tuning.warps, stages=tuning.stages,
-                     split=splits.length(context), us=ms * 1e3, floor_us=floor * 1e3)  # fmt: skip
+                note(what="short contexts", kind=kind, shortest=splits.shortest, warps=warps,
+                     us=1e3 * graph_ms(call, 20, inner=4))  # fmt: skip
+    launch.WARPS = usual
 
 
 def bench_prefill(length: int = 8192, block_size: int = 32) -> None:

@@ -173,9 +173,10 @@ def bench_batch(name: str, codec: str, **options: Any) -> None:
     ]
     # Every size of batch once, so that all is compiled and recorded.
     short = [
-        kvist.SamplingParams(temperature=0.6, max_tokens=2 + i // 8, ignore_eos=True)
+        kvist.SamplingParams(temperature=0.6, max_tokens=2 + i // 8 + i % 8 * (i > 240),
+                             ignore_eos=True)
         for i in range(256)
-    ]
+    ]  # fmt: skip
     began = time.time()
     llm.generate(prompts, short)
     warm = time.time() - began
@@ -266,6 +267,26 @@ def bench_verify() -> None:
             break
 
 
+def bench_roofline(*names: str) -> None:
+    """What bounds prefill and decode of each model, as `kvist roofline` says it; with a picture."""
+    from dataclasses import replace
+
+    from gpu import note
+
+    from kvist.reports.roofline import measure, plot
+
+    found = []
+    for name in names:
+        model = loaded(name)
+        long = measure(model, prompt=8192, new_tokens=16, batches=(1,))
+        short = measure(model, prompt=512, new_tokens=16, batches=(8, 64))
+        found.append(replace(long, model=name, points=(*long.points, *short.points[1:])))
+        for point in found[-1].points:
+            note(model=name, **point.as_json())
+        if PROFILE is not None:
+            plot(found, PROFILE / "roofline.png")
+
+
 CHILD = """
 import sys, time
 import kvist
@@ -324,6 +345,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "batch-8b": partial(bench_batch, "8b", "plain"),
     "batch-8b-fp8": partial(bench_batch, "8b", "fp8"),
     "verify": bench_verify,
+    "roofline": partial(bench_roofline, "0.6b", "8b"),
 }
 
 

@@ -10,6 +10,7 @@ from kvist.cache.codecs.int4 import Int4
 from kvist.cache.codecs.rotation import unrotate
 from kvist.cache.protocol import SIDES
 from kvist.core.spec import AttentionSpec
+from kvist.kernels import elementwise
 from kvist.kernels.elementwise import Target, rotate_and_write
 from kvist.models.rope import RopeConfig, RotaryEmbedding, rope_frequencies, rotate
 
@@ -26,8 +27,10 @@ def centred(dtype: torch.dtype, head_dim: int, device: torch.device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", [*CODECS, "int4 centred"])
-def test_planes_have_the_codecs_bits(name, head_dim, dtype, device):
+@pytest.mark.parametrize("few", [5, 0], ids=["few tokens", "many"])
+def test_planes_have_the_codecs_bits(few, name, head_dim, dtype, device, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(elementwise, "FEW", few)
     codec = centred(dtype, head_dim, device) if name == "int4 centred" else make_codec(name, dtype)
     spec, rope = AttentionSpec(KV_HEADS, head_dim), RopeConfig(head_dim, 1e4)
     positions = torch.tensor([0, 7, 1000, 3, 64], device=device)

@@ -5,6 +5,7 @@ batch stands with the cache because views and kernels read it; the runner and th
 `Batch.pack`. Lengths are plain ints, so that nothing in a step has to ask the device for them.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +20,16 @@ from kvist.errors import CacheError
 LogitRows = Literal["last", "all", "none"] | Sequence[int]
 
 
+_CODES = {torch.int64: "q", torch.int32: "i"}
+
+
 def int_tensor(
     values: Sequence[int], device: str | torch.device, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """`[len(values)]` on the device, without waiting for a GPU to take them over."""
-    made = torch.tensor(values, dtype=dtype)
+    # Through an array: several times as fast as torch reads a list.
+    packed = array(_CODES[dtype], values)
+    made = torch.frombuffer(packed, dtype=dtype) if packed else torch.empty(0, dtype=dtype)
     if torch.device(device).type == "cuda":
         return made.pin_memory().to(device, non_blocking=True)
     return made.to(device)
@@ -74,7 +80,10 @@ class Batch:
         """
         query_lens = tuple(len(t) for t in tokens)
         # New tokens of sequence b take the positions [cached[b], cached[b] + query_lens[b]).
-        positions = [p for c, n in zip(cached, query_lens, strict=True) for p in range(c, c + n)]
+        positions, flat = array("q"), array("q")
+        for new, c in zip(tokens, cached, strict=True):
+            positions.extend(range(c, c + len(new)))
+            flat.extend(new)
         ends = list(accumulate(query_lens))
         if logits == "last":
             rows = [end - 1 for end, n in zip(ends, query_lens, strict=True) if n]
@@ -82,7 +91,6 @@ class Batch:
             rows = list(range(len(positions))) if logits == "all" else []
         else:
             rows = list(logits)
-        flat = [token for sequence in tokens for token in sequence]
         return cls(
             token_ids=int_tensor(flat, device),
             positions=int_tensor(positions, device),

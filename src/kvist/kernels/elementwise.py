@@ -1,12 +1,15 @@
 """Norms, rotary with cache write, and SwiGLU, each in one launch. Imports Triton."""
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
 from torch import Tensor
 
 from kvist.kernels.elementwise_kernels import norm_kernel, rotary_kernel, silu_mul_kernel
+
+FEW = 32  # tokens
 
 
 def dependent_launch(dependent: bool) -> dict[str, bool]:
@@ -108,7 +111,10 @@ def rotate_and_write(
     num_tokens, heads, head_dim = q.shape
     kv_heads = keys.values.shape[1]
     q_norm, k_norm = norms or (qkv, qkv)
-    rotary_kernel[(heads + 2 * kv_heads, num_tokens)](
+    # Few tokens are spread over as many programs as there are; for many, starting programs costs
+    # more than their work, so each takes several heads.
+    rows = 1 if num_tokens <= FEW else gcd(heads, kv_heads, 8)
+    rotary_kernel[((heads + 2 * kv_heads) // rows, num_tokens)](
         qkv,
         q_norm,
         k_norm,
@@ -128,8 +134,9 @@ def rotate_and_write(
         CENTRED=mean is not None,
         K_KIND=keys.kind,
         V_KIND=values.kind,
+        ROWS=rows,
         DEPENDENT=dependent,
-        num_warps=1,
+        num_warps=1 if rows == 1 else 4,
         **dependent_launch(dependent),
     )
 

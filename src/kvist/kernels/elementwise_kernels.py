@@ -8,7 +8,7 @@ All arithmetic is float32, whatever the tensors' dtype. Launched by elementwise.
 import triton
 import triton.language as tl
 
-from kvist.kernels.encode_kernels import INT8, PLAIN, rotate_halves, store_encoded
+from kvist.kernels.encode_kernels import INT8, rotate_halves, store_encoded
 
 
 @triton.jit
@@ -68,88 +68,85 @@ def rotary_kernel(
     CENTRED: tl.constexpr,
     K_KIND: tl.constexpr,
     V_KIND: tl.constexpr,
+    ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One (head of q, k or v, token): q and k normalised and rotated, k and v to their places.
+    """One (ROWS heads of q, k or v, token): q and k normalised, rotated; k and v to their places.
 
     k and v are written in the format of their planes, q in the basis of k's.
     """
-    h = tl.program_id(0)
+    h = tl.program_id(0) * ROWS
     token = tl.program_id(1).to(tl.int64)
     HALF: tl.constexpr = HEAD_DIM // 2
     i = tl.arange(0, HALF)
+    r = tl.arange(0, ROWS)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    source = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + h) * HEAD_DIM
-    a = tl.load(source + i)
-    b = tl.load(source + HALF + i)
+    source = token * (HEADS + 2 * KV_HEADS) + h + r
+    source = qkv_ptr + source[:, None] * HEAD_DIM + i[None, :]
+    a = tl.load(source)
+    b = tl.load(source + HALF)
     if h >= HEADS + KV_HEADS:
         place = tl.load(places_ptr + token) if PLACED else token
-        row = place * KV_HEADS + h - HEADS - KV_HEADS
-        if V_KIND == PLAIN:
-            tl.store(v_ptr + row * HEAD_DIM + i, a.to(v_ptr.dtype.element_ty))
-            tl.store(v_ptr + row * HEAD_DIM + HALF + i, b.to(v_ptr.dtype.element_ty))
-        else:
-            store_encoded(
-                a.to(tl.float32),
-                b.to(tl.float32),
-                v_ptr,
-                v_scale_ptr,
-                v_zero_ptr,
-                row,
-                HEAD_DIM,
-                DOUBLINGS,
-                V_KIND,
-            )
+        rows = place * KV_HEADS + h - HEADS - KV_HEADS + r
+        store_encoded(
+            a.to(tl.float32),
+            b.to(tl.float32),
+            v_ptr,
+            v_scale_ptr,
+            v_zero_ptr,
+            rows,
+            ROWS,
+            HEAD_DIM,
+            DOUBLINGS,
+            V_KIND,
+        )
     else:
         x = a.to(tl.float32)
         y = b.to(tl.float32)
         if NORM:
-            scale = 1.0 / tl.sqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / HEAD_DIM + eps)
+            scale = 1.0 / tl.sqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + eps)
             weight_ptr = q_weight_ptr
             if h >= HEADS:
                 weight_ptr = k_weight_ptr
-            x = x * scale * tl.load(weight_ptr + i).to(tl.float32)
-            y = y * scale * tl.load(weight_ptr + HALF + i).to(tl.float32)
-        cos = tl.load(cos_ptr + token * HALF + i)
-        sin = tl.load(sin_ptr + token * HALF + i)
+            x = x * scale[:, None] * tl.load(weight_ptr + i).to(tl.float32)[None, :]
+            y = y * scale[:, None] * tl.load(weight_ptr + HALF + i).to(tl.float32)[None, :]
+        cos = tl.load(cos_ptr + token * HALF + i)[None, :]
+        sin = tl.load(sin_ptr + token * HALF + i)[None, :]
         first = x * cos - y * sin
         second = y * cos + x * sin
         if h < HEADS:
             if K_KIND >= INT8:
-                first, second = rotate_halves(first, second, HALF, DOUBLINGS)
+                first, second = rotate_halves(first, second, ROWS, HALF, DOUBLINGS)
                 inverse: tl.constexpr = 1.0 / (1 << (DOUBLINGS - DOUBLINGS // 2))
                 first = first * inverse
                 second = second * inverse
-            target = q_ptr + (token * HEADS + h) * HEAD_DIM
-            tl.store(target + i, first.to(q_ptr.dtype.element_ty))
-            tl.store(target + HALF + i, second.to(q_ptr.dtype.element_ty))
+            target = token * HEADS + h + r
+            target = q_ptr + target[:, None] * HEAD_DIM + i[None, :]
+            tl.store(target, first.to(q_ptr.dtype.element_ty))
+            tl.store(target + HALF, second.to(q_ptr.dtype.element_ty))
         else:
             place = tl.load(places_ptr + token) if PLACED else token
-            row = place * KV_HEADS + h - HEADS
-            if K_KIND == PLAIN:
-                tl.store(k_ptr + row * HEAD_DIM + i, first.to(k_ptr.dtype.element_ty))
-                tl.store(k_ptr + row * HEAD_DIM + HALF + i, second.to(k_ptr.dtype.element_ty))
-            else:
-                # As the codec is given them: in the model's own dtype.
-                first = first.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-                second = second.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-                if CENTRED:
-                    mean = mean_ptr + (h - HEADS) * HEAD_DIM
-                    first -= tl.load(mean + i)
-                    second -= tl.load(mean + HALF + i)
-                store_encoded(
-                    first,
-                    second,
-                    k_ptr,
-                    k_scale_ptr,
-                    k_zero_ptr,
-                    row,
-                    HEAD_DIM,
-                    DOUBLINGS,
-                    K_KIND,
-                )
+            # As a codec is given them: in the model's own dtype.
+            first = first.to(qkv_ptr.dtype.element_ty).to(tl.float32)
+            second = second.to(qkv_ptr.dtype.element_ty).to(tl.float32)
+            if CENTRED:
+                mean = mean_ptr + (h - HEADS + r)[:, None] * HEAD_DIM + i[None, :]
+                first -= tl.load(mean)
+                second -= tl.load(mean + HALF)
+            store_encoded(
+                first,
+                second,
+                k_ptr,
+                k_scale_ptr,
+                k_zero_ptr,
+                place * KV_HEADS + h - HEADS + r,
+                ROWS,
+                HEAD_DIM,
+                DOUBLINGS,
+                K_KIND,
+            )
 
 
 @triton.jit

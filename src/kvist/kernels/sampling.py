@@ -26,7 +26,7 @@ def sample(
     """Each row's next token.
 
     Args:
-        logits: `[R, vocab]` float32, contiguous.
+        logits: `[R, vocab]` of any floating-point dtype, contiguous.
         params: `[5, at least R]` float64: temperature (0: the likeliest), k (0: all), p (1: all),
             min-p (0: all) and a uniform number in [0, 1) for each row; None: all rows greedy.
         out: `[R]` int64, written; -1 where a row is not finite.

@@ -20,6 +20,13 @@ BELOW = tl.constexpr((1 << 49) - 1)
 
 
 @triton.jit
+def load_logits(logits_ptr, row, i, VOCAB):
+    """Those of the tokens i as float32, -inf behind the last."""
+    x = tl.load(logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=-float("inf"))
+    return x.to(tl.float32)
+
+
+@triton.jit
 def weights_of(scaled, top):
     """Whole numbers of 2**-36: 2**36 for the row's largest, 0 from 25 units below it on."""
     return (tl.exp(scaled - top) * UNIT).to(tl.int64)
@@ -44,7 +51,7 @@ def peak_kernel(logits_ptr, peaks_ptr, places_ptr, VOCAB, CHUNK: tl.constexpr):
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     i = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=-float("inf"))
+    x = load_logits(logits_ptr, row, i, VOCAB)
     peak = tl.max(x, 0)
     place = tl.min(tl.where(x == peak, i, VOCAB), 0)
     broken = tl.sum((x != x).to(tl.int32), 0)
@@ -82,7 +89,7 @@ def weight_kernel(
         peaks = tl.load(peaks_ptr + row * chunks + c, mask=c < chunks, other=-float("inf"))
         top = tl.div_rn(tl.max(peaks, 0), temperature)
         i = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=-float("inf"))
+        x = load_logits(logits_ptr, row, i, VOCAB)
         scaled = tl.div_rn(x, temperature)
         weights = weights_of(scaled, top)
         at = row * chunks + chunk
@@ -122,7 +129,7 @@ def _collect(
         held = tl.load(bins_ptr + (row * chunks + chunk) * BINS + wanted) >> COUNT
         if held > 0:
             i = chunk * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=-float("inf"))
+            x = load_logits(logits_ptr, row, i, VOCAB)
             scaled = tl.div_rn(x, temperature)
             inside = (bins_of(scaled, top) == wanted) & (i < VOCAB)
             place = n + tl.cumsum(inside.to(tl.int32), 0) - 1
@@ -298,9 +305,7 @@ def choose_kernel(
                         highest = tl.load(peaks_ptr + row * chunks + chunk)
                         if tl.div_rn(highest, temperature) >= floor:
                             i = chunk * CHUNK + tl.arange(0, CHUNK)
-                            x = tl.load(
-                                logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=-float("inf")
-                            )
+                            x = load_logits(logits_ptr, row, i, VOCAB)
                             scaled = tl.div_rn(x, temperature)
                             kept = tl.where(scaled >= floor, weights_of(scaled, top), 0)
                             weights = tl.where(c == chunk, tl.sum(kept, 0), weights)
@@ -311,7 +316,7 @@ def choose_kernel(
             chosen = tl.sum((tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
             target -= tl.sum(tl.where(c < chosen, weights, 0), 0)
             i = chosen * CHUNK + tl.arange(0, CHUNK)
-            x = tl.load(logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=-float("inf"))
+            x = load_logits(logits_ptr, row, i, VOCAB)
             scaled = tl.div_rn(x, temperature)
             kept = tl.where(scaled >= floor, weights_of(scaled, top), 0)
             token = chosen * CHUNK + tl.sum((tl.cumsum(kept, 0) <= target).to(tl.int32), 0)

@@ -183,6 +183,8 @@ class Model:
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         vocab = self.config.vocab_size
+        if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab:
+            return tuple(ids)
         for i, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise RequestError(

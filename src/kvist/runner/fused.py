@@ -117,6 +117,10 @@ class FusedStep:
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """See `StepFunction`."""
+        return self.raw(batch, cache).float()
+
+    def raw(self, batch: Batch, cache: KVCache) -> Tensor:
+        """The logits as the last product leaves them, for who reads any dtype."""
         positions = batch.positions if batch.rope_positions is None else batch.rope_positions
         if not isinstance(cache, PagedBinding) or positions.dim() != 1 or not batch.num_tokens:
             return self.fallback(batch, cache)
@@ -212,7 +216,7 @@ class FusedStep:
         hidden = torch.empty(rows.shape[0], config.hidden_size, dtype=dtype, device=device)
         if rows.shape[0]:
             rms_norm(picked, self.lm.model.norm.weight, eps, hidden, last)
-        return self.lm.logits(hidden)
+        return F.linear(hidden, self.lm.lm_head.weight)
 
     def _attention(
         self, layer_idx: int, qkv: Tensor, rotation: Rotation, cache: PagedBinding, dependent: bool

@@ -24,8 +24,9 @@ from kvist.runner.sampler import kernel_params
 from kvist.runner.step import StepFunction
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-# Kernels launch as many splits of the context as the longest of a bucket has.
-CONTEXTS = (256, 1024, 16384, 65536, 262144)
+# Kernels have room for as many splits of the context as the longest of a bucket has. Few buckets:
+# a batch whose longest sequence ends must not meet sizes that were never recorded.
+CONTEXTS = (4096, 16384, 65536, 262144)
 
 Kind = Literal["logits", "greedy", "drawn", "filtered"]
 
@@ -64,7 +65,7 @@ class DecodeGraphs:
     """Recordings of one step function on one pool.
 
     Args:
-        step: waits for nothing, and reads lengths, tables and places from the pool (`FusedStep`).
+        step: waits for nothing, and reads lengths, tables and places from the pool.
         pool: whose tables the rows' slots name.
         last: `[slots + 1]` int64, the token last sampled in each slot; read and written.
         backend: attention by name.
@@ -73,7 +74,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        step: StepFunction,
+        step: FusedStep,
         pool: PagedPool,
         last: Tensor,
         *,
@@ -171,14 +172,17 @@ class DecodeGraphs:
                 out.copy_(self._whole_step(bucket, context, kind))
 
             return _Recording(again, out)
-        stream = torch.cuda.Stream(device)
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self._whole_step(bucket, context, kind)
+            # Not by torch.cuda.graph, which collects garbage and empties caches first.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                out = self._whole_step(bucket, context, kind)
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            out = self._whole_step(bucket, context, kind)
         self._memory = graph.pool()
         return _Recording(graph.replay, out)
 
@@ -211,9 +215,9 @@ class DecodeGraphs:
                 view.slot_mapping,
                 pool.block_size,
             )
-        logits = self.step(batch, binding)
         if kind == "logits":
-            return logits
+            return self.step(batch, binding)
+        logits = self.step.raw(batch, binding)
         out = torch.empty(bucket, dtype=torch.int64, device=device)
         params = None if kind == "greedy" else self._upload[_PARAMS].view(torch.float64)
         sample(

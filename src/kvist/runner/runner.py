@@ -20,6 +20,7 @@ from kvist.core.protocols import Ticket
 from kvist.models.decoder import CausalLM
 from kvist.runner.encoder_cache import place_images
 from kvist.runner.follow import Guessed, follow
+from kvist.runner.fused import FusedStep
 from kvist.runner.graphs import DecodeGraphs
 from kvist.runner.greedy import finite_rows
 from kvist.runner.sampler import Sampler, logprobs_later, read_later
@@ -74,9 +75,10 @@ class PagedRunner:
         self._last = torch.zeros(pool.max_slots + 1, dtype=torch.long, device=pool.device)
         # Slots whose sampling a recording can do: nothing but temperature and filters.
         self._simple: set[int] = set()
-        self._graphs = (
-            DecodeGraphs(self.step, pool, self._last, backend=backend) if record else None
-        )
+        self._graphs = None
+        if record:
+            assert isinstance(self.step, FusedStep), "see can_record"
+            self._graphs = DecodeGraphs(self.step, pool, self._last, backend=backend)
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Ticket:

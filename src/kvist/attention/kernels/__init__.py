@@ -82,6 +82,7 @@ def triton_attention(
         prefill,
         prefill_queries,
         prefill_work,
+        splits_for,
     )
 
     assert isinstance(kv, PagedKV)
@@ -96,15 +97,28 @@ def triton_attention(
     ragged = len(singles) < batch.num_sequences
     back = encoding is not None and encoding.values_rotated and not ragged
     if singles:
-        splits = most_splits(pages, singles)
-        key = ("triton decode", heads, kv.spec.head_dim, splits)
+        splits = splits_for(batch.num_sequences)
+        most = most_splits(pages, singles, splits)
+        key = ("triton decode", heads, kv.spec.head_dim, most)
         if key not in kv.memo:
-            kv.memo[key] = Workspace.make(len(batch.kv_lens), heads, q.shape[2], splits, q.device)
-        work = kv.memo[key]
-        decode(q, pages, out, work, scale, ragged=ragged, dependent=dependent, rotate=back)
+            kv.memo[key] = Workspace.make(len(batch.kv_lens), heads, q.shape[2], most, q.device)
+        decode(
+            q,
+            pages,
+            out,
+            kv.memo[key],
+            scale,
+            ragged=ragged,
+            splits=splits,
+            dependent=dependent,
+            rotate=back,
+        )
     fresh = _fresh_prompts(kv) if formats[0].kind == formats[1].kind == PLAIN else ()
+    if fresh and batch.num_sequences == 1:
+        return _whole_prompt(q, kv, 0, scale)
     for b in fresh:
-        _whole_prompt(q, kv, out, b, scale)
+        start, end = batch.query_spans[b]
+        out[start:end] = _whole_prompt(q[start:end], kv, b, scale)
     if any(new > 1 and b not in fresh for b, new in enumerate(batch.query_lens)):
         queries = prefill_queries(heads, kv.spec.num_kv_heads)
         runs = ("triton prefill", queries, fresh)
@@ -126,19 +140,18 @@ def _fresh_prompts(kv: PagedKV) -> tuple[int, ...]:
     )
 
 
-def _whole_prompt(q: Tensor, kv: PagedKV, out: Tensor, index: int, scale: float) -> None:
-    """Causal attention of a sequence that has all its keys in this step."""
-    start, end = kv.batch.query_spans[index]
+def _whole_prompt(q: Tensor, kv: PagedKV, index: int, scale: float) -> Tensor:
+    """Causal attention of the queries `[n, heads, head_dim]` of a sequence of n tokens."""
     keys, values, _ = kv.sequence(index)
     mixed = scaled_dot_product_attention(
-        q[start:end].transpose(0, 1)[None],
+        q.transpose(0, 1)[None],
         keys.transpose(0, 1)[None],
         values.transpose(0, 1)[None],
         is_causal=True,
         scale=scale,
         enable_gqa=True,
     )
-    out[start:end] = mixed[0].transpose(0, 1)
+    return mixed[0].transpose(0, 1)
 
 
 __all__ = [

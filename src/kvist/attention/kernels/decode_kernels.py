@@ -2,8 +2,8 @@
 # ruff: noqa: N803
 """Paged decode attention on the GPU: one query a sequence, its context split over programs.
 
-Where a context is split depends on its own length alone, never on the batch, so that a sequence's
-bits are the same with and without neighbours. Launched by decode.py.
+Where a context is split depends on its own length, and on whether few or many decode together, so
+that a sequence's bits do not change with every neighbour. Launched by launch.py.
 """
 
 import triton
@@ -74,12 +74,11 @@ def split_kernel(
     PACKED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One (kv head, split, sequence): the group's unnormalised output, maxima and sums.
+    """One (kv head, some splits, sequence): the group's unnormalised outputs, maxima and sums.
 
     Scores are in base 2: `scale` carries log2(e).
     """
     h = tl.program_id(0)
-    split = tl.program_id(1)
     b = tl.program_id(2)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -92,17 +91,18 @@ def split_kernel(
             n = 0
     head, first, count = visible_keys(n, WINDOW, SINKS)
     length = split_length(count, MIN_SPLIT, DOUBLINGS, TARGET)
-    begin = split * length
-    if begin < count:
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    g = tl.arange(0, ROWS)
+    in_group = g < GROUP
+    at = (row * HEADS + h * GROUP + g) * HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if V_KIND >= INT8 else HEAD_DIM
+    # Splits take turns on the programs there are: which computes one leaves no mark on its bits.
+    for split in range(tl.program_id(1), tl.cdiv(count, length), tl.num_programs(1)):
+        begin = split * length
         end = tl.minimum(begin + length, count)
-        GROUP: tl.constexpr = HEADS // KV_HEADS
-        g = tl.arange(0, ROWS)
-        in_group = g < GROUP
-        at = (row * HEADS + h * GROUP + g) * HEAD_DIM
         q, q_high = load_queries(q_ptr, at, in_group, HEAD_DIM, K_KIND, Q_DTYPE)
         top = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        WIDTH: tl.constexpr = HEAD_DIM // 2 if V_KIND >= INT8 else HEAD_DIM
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         acc_high = tl.zeros([ROWS, WIDTH], tl.float32)
         for u0 in range(begin, end, TILE):
@@ -215,5 +215,6 @@ def combine_kernel(
         out = acc / total
         if ROTATE:
             inverse: tl.constexpr = 1.0 / (1 << (HEAD_DOUBLINGS - HEAD_DOUBLINGS // 2))
-            out = hadamard(out, HEAD_DIM, HEAD_DOUBLINGS) * inverse
+            rotated = hadamard(tl.reshape(out, [1, HEAD_DIM]), 1, HEAD_DIM, HEAD_DOUBLINGS)
+            out = tl.reshape(rotated, [HEAD_DIM]) * inverse
         tl.store(out_ptr + (row * HEADS + h) * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty))

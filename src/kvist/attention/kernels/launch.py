@@ -25,7 +25,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @dataclass(frozen=True)
 class Splits:
-    """Where a context is split, as a function of its own length alone.
+    """Where a context is split, as a function of its own length.
 
     A split takes `shortest` keys in contexts of up to `target / 4` of them, which leave most of a
     GPU idle; in longer ones so many times two more that `target` splits suffice, but no more than
@@ -68,6 +68,8 @@ class Tuning:
 
 
 SPLITS = Splits()
+# Where so many decode together that they fill a GPU by themselves, splits only cost.
+CROWD, CROWDED = 64, Splits(shortest=256)
 # Measured on an H200. A tile's block numbers are loaded before its keys, so that two tiles are on
 # their way only from five stages on.
 DECODE = {
@@ -82,6 +84,8 @@ PREFILL = {
     INT8: Tuning(64, 8, 5),
     INT4: Tuning(64, 8, 5),
 }
+# Of a decode step, about: a sequence's splits are spread over several programs only up to it.
+WARPS = 16384
 PREFILL_ROWS = 128  # queries times heads of a group
 
 
@@ -191,7 +195,11 @@ def decode(
     }
     pdl = {"launch_pdl": True} if dependent else {}
     group = heads // pages.spec.num_kv_heads
-    split_kernel[(pages.spec.num_kv_heads, work.max_splits, count)](
+    kv_heads = pages.spec.num_kv_heads
+    # No more programs than fill the GPU: one that finds nothing to do costs as much as a short one.
+    wanted = triton.cdiv(WARPS, tuning.warps * count * kv_heads)
+    spread = min(work.max_splits, triton.next_power_of_2(wanted))
+    split_kernel[(kv_heads, spread, count)](
         q,
         *pages.pointers(),
         work.partial,
@@ -283,6 +291,11 @@ def prefill(
         num_warps=tuning.warps,
         num_stages=tuning.stages,
     )
+
+
+def splits_for(rows: int) -> Splits:
+    """Where contexts are split in a step of so many sequences."""
+    return CROWDED if rows >= CROWD else SPLITS
 
 
 def most_splits(pages: Pages, kv_lens: Sequence[int], splits: Splits = SPLITS) -> int:

@@ -31,7 +31,7 @@ class FP8:
 
     def encode(self, y: Tensor) -> dict[str, Tensor]:
         """`[..., heads, head_dim]` float32 -> planes; see `Coder.encode`."""
-        scale = half_scale(y.abs().amax(dim=-1) / LARGEST)
+        scale = half_scale(y.abs().amax(dim=-1), LARGEST)
         x = divide(y, scale).clamp(-LARGEST, LARGEST)  # a scale may have been rounded down
         return {"x": x.to(torch.float8_e4m3fn), "scale": scale}
 

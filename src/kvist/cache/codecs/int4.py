@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvist.cache.codecs.int8 import divided
 from kvist.cache.protocol import Planes, Shape
 from kvist.errors import CacheError
 
@@ -56,7 +57,7 @@ class Int4:
         missing = -head_dim % size
         low, high = self._bounds(y, size, missing)  # [..., heads, groups, 1]
         groups = pad(y, (0, missing)).unflatten(-1, (-1, size))  # [..., heads, groups, size]
-        step = (high - low) / (LEVELS - 1)
+        step = divided(high - low, LEVELS - 1)
         numbers = torch.where(step > 0, (groups - low) / step, 0.0).round_()
         numbers.clamp_(0, LEVELS - 1)
         # Sums of products of whole numbers (see `rotate_exactly`), at most 2**24 each, over at most

@@ -27,7 +27,7 @@ class Int8:
 
     def encode(self, y: Tensor) -> dict[str, Tensor]:
         """`[..., heads, head_dim]` float32 -> planes; see `Coder.encode`."""
-        scale = half_scale(y.abs().amax(dim=-1) / LARGEST)
+        scale = half_scale(y.abs().amax(dim=-1), LARGEST)
         x = divide(y, scale).round().clamp(-LARGEST, LARGEST)
         return {"x": x.to(torch.int8), "scale": scale}
 
@@ -36,9 +36,14 @@ class Int8:
         return planes["x"].float() * planes["scale"].float()[..., None]
 
 
-def half_scale(wanted: Tensor) -> Tensor:
-    """A scale as it is stored, float16 and finite unless it is NaN."""
-    return wanted.clamp(max=_LARGEST_HALF).half()
+def half_scale(largest: Tensor, limit: float) -> Tensor:
+    """What brings `largest` to `limit`, as it is stored: float16 and finite unless it is NaN."""
+    return divided(largest, limit).clamp(max=_LARGEST_HALF).half()
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """`x / number`, the same bits on every device: by a plain number a GPU multiplies."""
+    return x / x.new_full((), number)
 
 
 def divide(y: Tensor, scale: Tensor) -> Tensor:
