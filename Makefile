@@ -4,6 +4,7 @@
 # make bench   speed against transformers, in one run
 # make bench-cpu  the native step against openvino-genai (and llama.cpp with LLAMA=1)
 # make docs    the command line's reference, from the commands themselves
+# make web     the page, from web/ into the package (needs node; users do not)
 
 PYTHON ?= python3
 # The build of torch to install first, so that nothing else chooses one. On a machine with a GPU,
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUESTION ?= Why does a language model keep its keys and values?
 
-.PHONY: demo test check bench bench-cpu docs clean
+.PHONY: demo test check bench bench-cpu docs web clean
 
 demo: $(VENV)/.core
 	@$(BIN)/kvist pull smollm2-135m > /dev/null
@@ -41,6 +42,9 @@ bench-cpu: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/typer kvist.cli.app utils docs --name kvist --output docs/cli.md
+
+web:
+	cd web && npm ci --no-audit --no-fund && npm run build
 
 $(VENV)/.core: pyproject.toml hatch_build.py $(wildcard src/kvist/native/src/*)
 	$(PYTHON) -m venv $(VENV)

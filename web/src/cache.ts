@@ -18,14 +18,15 @@ export class CacheView {
   private readonly tree: Tree;
   private readonly pools: BlockMap[] = [];
   private readonly hosts: (BlockMap | null)[] = [];
-  private readonly speed = new Plot("Tokens written", "used", "line");
-  private readonly prompts = new Plot("Prompt tokens computed", "prefill", "line");
-  private readonly first = new Plot("Time to first token", "shared", "dots");
-  private readonly hits = new Plot("Prompt tokens from the cache", "published", "line", 1);
+  private readonly speed = new Plot("Answers written", "used", "line");
+  private readonly prompts = new Plot("Prompts read", "prefill", "line");
+  private readonly first = new Plot("First token after", "shared", "dots");
+  private readonly hits = new Plot("Found in the cache", "published", "line", 1);
   private readonly written = new Rate();
   private readonly computed = new Rate();
   private readonly hitRates: Point[] = [];
   private queried: { queried: number; hit: number }[] = [];
+  private told = 0; // when there was news
 
   constructor(private readonly live: Live) {
     this.timeline = new Timeline(live, this.lives);
@@ -34,10 +35,14 @@ export class CacheView {
       byId("cache"),
       this.headline,
       sheet("Blocks", this.legend, this.maps),
-      h("div", { class: "plots" }, this.speed.element, this.prompts.element, this.first.element, this.hits.element),
-      sheet("Requests", h("div", { class: "aside" }, phases(), this.timeline.spanPicker), this.timeline.element),
       sheet("Prefixes", h("p", { class: "aside" }, "Where texts part, the twig parts."), this.tree.element),
+      sheet("Requests", h("div", { class: "aside" }, phases(), this.timeline.spanPicker), this.timeline.element),
+      h("div", { class: "plots" }, this.speed.element, this.prompts.element, this.first.element, this.hits.element),
     );
+    // An engine at rest sends nothing, but time goes on.
+    setInterval(() => {
+      if (!document.hidden && performance.now() - this.told > 700) this.plot(live.now());
+    }, 500);
   }
 
   take(news: News): void {
@@ -54,7 +59,8 @@ export class CacheView {
     if (news.tree) this.tree.draw();
     else if (news.changed.length) this.tree.colour();
     this.tell();
-    this.plot();
+    this.told = performance.now();
+    if (this.live.values) this.plot(this.live.values.now);
   }
 
   private begin(): void {
@@ -112,10 +118,9 @@ export class CacheView {
     put(this.headline, h("b", {}, percent(total ? 1 - sums.free / total : 0)), ` of ${plural(total, "block")} hold something. ${saving} ${busy}`);
   }
 
-  private plot(): void {
+  private plot(now: number): void {
     const { values } = this.live;
     if (!values) return;
-    const { now } = values;
     const written = this.written.add(now, values.output);
     const computed = this.computed.add(now, Math.max(0, values.computed - values.output));
     this.speed.show(now, this.written.points, rate(written), "tokens/s");

@@ -61,7 +61,7 @@ export function byId<E extends HTMLElement = HTMLElement>(id: string): E {
 
 const ICONS = {
   send: "M4 12h14M12 6l6 6-6 6",
-  stop: "M8 8h8v8H8z",
+  stop: "M7.5 7.5h9v9h-9z",
   picture: "M4 6h16v12H4zM4 15l5-4 4 3 3-2 4 3M15.5 9.5h.01",
   sliders: "M5 7h8M17 7h2M5 12h2M11 12h8M5 17h9M18 17h1M15 5v4M9 10v4M16 15v4",
   copy: "M9 9h10v10H9zM5 15V5h10",

@@ -11,7 +11,7 @@ export function seconds(s: number): string {
 }
 
 export const percent = (share: number): string =>
-  `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)} %`;
+  `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)}\u00a0%`;
 
 export const rate = (n: number): string => (n < 9.95 ? n.toFixed(1) : count(n));
 

@@ -7,11 +7,11 @@ import type { Life, Lives, Phase } from "./lives";
 import { colours, onTheme } from "./theme";
 import { hideTip, showTip } from "./tip";
 
-const ROW = 20;
+const ROW = 18;
 const BAR = 10;
 const LABEL = 78;
 const AXIS = 18;
-const ROWS = 9;
+const ROWS = 8;
 const SPANS = [10, 30, 120];
 
 export class Timeline {

@@ -6,8 +6,9 @@ import { oneLine, plural } from "./format";
 import { PUBLISHED, USED, type Branch, type Live } from "./live";
 import { hideTip, showTip } from "./tip";
 
-const LINE = 30; // height of a row
-const ROWS = 14; // that are drawn at most
+const LINE = 27; // height of a row
+const ROWS = 40; // that are drawn at most
+const LETTER = 5.9; // width of one, about
 const STEM = 14;
 const BEND = 22; // width of the curve into a branch
 
@@ -44,15 +45,15 @@ export class Tree {
     }
     const deepest = Math.max(...this.placed.map((p) => p.start + p.branch.blocks.length));
     const bends = Math.max(...this.placed.map((p) => depthOf(p)));
-    const room = width - STEM - bends * BEND - 30;
-    const bud = Math.min(13, Math.max(1.2, room / deepest));
+    // A third of the width is for what the last blocks of each branch say.
+    const bud = Math.min(15, Math.max(1, (0.64 * width - STEM - bends * BEND) / deepest));
     const height = Math.max(...this.placed.map((p) => p.y)) + LINE * 0.6;
     const svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "tree", "aria-label": "Prefix tree" });
     const at = (p: Placed, blocks: number) => STEM + depthOf(p) * BEND + blocks * bud;
     const top = Math.min(...roots.map((p) => p.y));
     const bottom = Math.max(...roots.map((p) => p.y));
-    if (bottom > top) svg.append(s("path", { class: "twig", d: `M${STEM / 2} ${bottom - 12}V${top + 12}`, "stroke-width": 3 }));
-    for (const p of this.placed) svg.append(this.drawBranch(p, at, bud));
+    if (bottom > top) svg.append(s("path", { class: "twig", d: `M${STEM / 2} ${bottom}V${top}`, "stroke-width": 3 }));
+    for (const p of this.placed) svg.append(this.drawBranch(p, at, bud, width));
     put(
       this.element,
       svg,
@@ -108,7 +109,12 @@ export class Tree {
     return { roots: roots.filter((root) => root.y), hidden };
   }
 
-  private drawBranch(p: Placed, at: (p: Placed, blocks: number) => number, bud: number): SVGElement {
+  private drawBranch(
+    p: Placed,
+    at: (p: Placed, blocks: number) => number,
+    bud: number,
+    width: number,
+  ): SVGElement {
     const { blocks, saved, text } = p.branch;
     const x0 = at(p, p.start);
     const x1 = at(p, p.start + blocks.length);
@@ -150,12 +156,14 @@ export class Tree {
       if (known) known.push(shape);
       else this.buds.set(block, [shape]);
     });
-    if (text) {
-      const room = Math.max(x1, x0 + 60) - x0;
-      const fits = Math.floor(room / 5.6) - 1;
-      const words = oneLine(text);
-      const shown = words.length > fits ? `${words.slice(0, Math.max(3, fits))}…` : words;
-      group.append(s("text", { x: x0, y: p.y - 8 }, shown));
+    // The end of a twig says its text behind it, a part with twigs of its own above it.
+    const last = !p.children.length;
+    const x = last ? x1 + 16 : x0 + 2;
+    const fits = Math.floor(((last ? width : x1) - x) / LETTER);
+    if (text && fits > 7) {
+      const words = text.trim().replace(/\s*\n\s*/g, " · ");
+      const shown = words.length > fits ? `${words.slice(0, fits - 1)}…` : words;
+      group.append(s("text", { x, y: last ? p.y + 4 : p.y - 8 }, shown));
     }
     return group;
   }

@@ -203,7 +203,7 @@ class LiveCache:
         known = self._texts.get(branch.serial)
         if known is not None:
             return known
-        return tokenizer.decode(branch.tokens[:24], skip_special_tokens=False)[:80]
+        return tokenizer.decode(branch.tokens[:24])[:120]
 
 
 def _put(queue: "asyncio.Queue[bytes | None]", item: bytes | None) -> None:
