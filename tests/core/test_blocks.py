@@ -211,6 +211,25 @@ def test_a_window_moves_on_step_by_step():
         assert blocks.num_blocks_of(1)[0] <= blocks.most_blocks(length, chunk=1)[0]
 
 
+def test_a_block_forgotten_behind_the_window_counts_as_evicted_when_the_next_is_full():
+    group = CacheGroup(sliding(3), num_blocks=4)
+    blocks = PagedBlockManager([group], 4, max_forgotten=0)
+    begin(blocks, 1, TEXT[:8])
+    run(blocks)
+    blocks.publish(1, 7)  # the first block is published and goes, the second is not full yet
+    begin(blocks, 2, TEXT[20:28])  # takes the first one's place, and nobody remembers it
+    run(blocks)
+    blocks.publish(1, 8)
+    blocks.check()
+    first, second = blocks.index.known(PrefixKeys(TEXT[:9]), 2)
+    assert (first.num_places, first.evicted_step) == (0, blocks.step)
+    assert second.num_places == 1
+    blocks.free(1)
+    blocks.free(2)
+    compute(blocks, 3, TEXT[28:40])
+    assert len(blocks.index) == 4  # three blocks and their root: nothing of the old is left over
+
+
 def test_a_windowed_group_resumes_from_its_window_and_sinks_alone():
     blocks = a_manager(FULL, sliding(4, sinks=2), block_size=2, num_blocks=20)
     compute(blocks, 1, TEXT[:20])

@@ -13,7 +13,7 @@ def an_index(max_forgotten: int = 100) -> PrefixIndex:
 
 def store(index: PrefixIndex, keys: PrefixKeys, first_block: int = 1) -> None:
     """Give every block of a prompt its bytes."""
-    nodes = index.intern(keys, len(keys.prompt_ids) // index.block_size)
+    nodes = index.intern(keys, len(keys.prompt_ids) // index.block_size, 0)
     for i, node in enumerate(nodes):
         if not node.num_places:
             index.put_block(node, 0, first_block + i)
@@ -131,7 +131,7 @@ def corrupt_places(index: PrefixIndex) -> None:
 
 
 def corrupt_tokens(index: PrefixIndex) -> None:
-    index.put_block(index.intern(PrefixKeys((1, 2, 3, 4, 5)), 3)[2], 0, 9)
+    index.put_block(index.intern(PrefixKeys((1, 2, 3, 4, 5)), 3, 0)[2], 0, 9)
 
 
 def corrupt_key(index: PrefixIndex) -> None:
@@ -159,7 +159,7 @@ def corrupt_roots(index: PrefixIndex) -> None:
 
 
 def corrupt_dropped(index: PrefixIndex) -> None:
-    node = index.intern(PrefixKeys((1, 2, 5, 5)), 2)[1]
+    node = index.intern(PrefixKeys((1, 2, 5, 5)), 2, 0)[1]
     index._drop(node)
     index._forgotten[node] = None
 

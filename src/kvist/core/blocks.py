@@ -384,7 +384,7 @@ class PagedBlockManager:
         return None if self.pools[group].writable(tail) else tail
 
     def _share(self, table: BlockTable, full: int) -> None:
-        nodes = self.index.intern(table.keys, full)
+        nodes = self.index.intern(table.keys, full, self.step)
         for i in range(table.published, full):
             node = nodes[i]
             for g, pool in enumerate(self.pools):

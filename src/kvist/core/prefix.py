@@ -173,10 +173,11 @@ class PrefixIndex:
             nodes.append(parent)
         return nodes
 
-    def intern(self, keys: PrefixKeys, num_blocks: int) -> list[Node]:
+    def intern(self, keys: PrefixKeys, num_blocks: int, step: int) -> list[Node]:
         """The nodes of the first `num_blocks` blocks, made where they are not known.
 
-        The caller puts bytes into every node that it asked for.
+        The caller has bytes for most of them. One that gets none, because its block went behind a
+        window and was forgotten meanwhile, counts as evicted by `step`.
         """
         nodes = self._still_alive(keys)
         if len(nodes) >= num_blocks:
@@ -185,7 +186,11 @@ class PrefixIndex:
         get = self._nodes.get
         for index in range(len(nodes), num_blocks):
             key = self._key(parent, keys, index)
-            node = get(key) or self._add(key, parent)
+            node = get(key)
+            if node is None:
+                node = self._add(key, parent)
+                node.evicted_step = step
+                self._forgotten[node] = None
             nodes.append(node)
             parent = node
         return nodes
