@@ -119,7 +119,7 @@ def random_planes(kind: str, blocks: int, size: int, heads: int, dim: int) -> An
 
 def bench_decode(kind: str, batch: int = 64, context: int = 8192, block_size: int = 32) -> None:
     """Paged decode attention of one format, in many tilings."""
-    from kvist.attention.kernels.launch import Pages, Splits, Tuning, Workspace, decode
+    from kvist.attention.kernels.launch import Pages, Tuning, Workspace, decode, splits_for
     from kvist.core.spec import AttentionSpec
 
     kv_heads, dim = 8, 128
@@ -148,10 +148,7 @@ def bench_decode(kind: str, batch: int = 64, context: int = 8192, block_size: in
     for model, (heads, _) in HEADS.items():
         q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
         found: list[tuple[float, Any]] = []
-        variants = [(t, Splits()) for t in wide] if model == "0.6b" else []
-        variants += [(wide[0], Splits(64, 2048, 8))]
-        if model == "8b":
-            variants = [(tuning, Splits()) for tuning in good]
+        variants = [(t, splits_for(batch)) for t in (wide if model == "0.6b" else good)]
         for tuning, splits in variants:
             out = torch.full_like(q, torch.nan)
             work = Workspace.make(batch, heads, dim, splits.most(context), q.device)
@@ -192,8 +189,8 @@ def one_sequence(q: Tensor, blocks: Tensor, n: int, keys: Any, values: Any) -> T
     return torch.einsum("hgt,thd->hgd", weights, v).flatten(0, 1)
 
 
-def bench_short(block_size: int = 32) -> None:
-    """256 contexts of 100 to 2,000 tokens, every codec: where to split, how many programs."""
+def bench_short(kind: str, block_size: int = 32) -> None:
+    """256 contexts of 100 to 2,000 tokens: where to split, how many programs."""
     from kvist.attention.kernels import launch
     from kvist.attention.kernels.launch import Pages, Splits, Workspace, decode
     from kvist.core.spec import AttentionSpec
@@ -207,21 +204,20 @@ def bench_short(block_size: int = 32) -> None:
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
     out = torch.empty_like(q)
-    for kind in ("bf16", "fp8", "int4", "int8"):
-        keys, _ = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
-        values, _ = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
-        pages = Pages(keys, values, AttentionSpec(kv_heads, dim), block_size, order, lens, starts)
-        for splits in (Splits(), Splits(128), Splits(256), Splits(512)):
-            # As a recording for contexts of up to 4,096 tokens has it.
-            work = Workspace.make(batch, heads, dim, splits.most(4096), q.device)
-            for warps in (4096, 8192, 16384, 1 << 22):
-                launch.WARPS = warps
+    keys, _ = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
+    values, _ = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
+    pages = Pages(keys, values, AttentionSpec(kv_heads, dim), block_size, order, lens, starts)
+    for splits in (Splits(), Splits(128), Splits(256), Splits(512)):
+        # As a recording for contexts of up to 4,096 tokens has it.
+        work = Workspace.make(batch, heads, dim, splits.most(4096), q.device)
+        for warps in (4096, 8192, 16384, 1 << 22):
+            launch.WARPS = warps
 
-                def call(s: Any = splits, w: Any = work) -> None:
-                    decode(q, pages, out, w, dim**-0.5, ragged=False, splits=s)
+            def call(s: Any = splits, w: Any = work) -> None:
+                decode(q, pages, out, w, dim**-0.5, ragged=False, splits=s)
 
-                note(what="short contexts", kind=kind, shortest=splits.shortest, warps=warps,
-                     us=1e3 * graph_ms(call, 20, inner=4))  # fmt: skip
+            note(what="short contexts", kind=kind, shortest=splits.shortest, warps=warps,
+                 us=1e3 * graph_ms(call, 20, inner=4))  # fmt: skip
     launch.WARPS = usual
 
 
@@ -536,7 +532,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "ceilings": bench_ceilings,
     **{f"decode-{kind}": partial(bench_decode, kind) for kind in KINDS},
     "steps-0.6b": partial(bench_steps, ("0.6b",)),
-    "short": bench_short,
+    **{f"short-{kind}": partial(bench_short, kind) for kind in KINDS},
     "prefill": bench_prefill,
     "gemv-0.6b": partial(bench_gemv, ("0.6b",)),
     "gemm": bench_gemm,

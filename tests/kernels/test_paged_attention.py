@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvist.attention import attend
-from kvist.attention.kernels.launch import CROWDED, SPLITS, Splits
+from kvist.attention.kernels.launch import CROWD, CROWDED, SPLITS, THRONGED, Splits
 from kvist.cache import Batch, make_codec
 from kvist.cache.paged import PagedPool
 from kvist.cache.paged_view import PagedBinding, PagedKV
@@ -143,8 +143,8 @@ def test_any_block_size(block_size, device):
 
 def test_a_crowd_of_sequences_equals_the_reference(device):
     spec, codec = AttentionSpec(1, 16), make_codec("plain", torch.float32)
-    cached = [3 * i % 40 for i in range(62)] + [700, 300]
-    binding = bound(codec, spec, cached, [1] * 64, device, torch.float32, block_size=16)
+    cached = [3 * i % 40 for i in range(CROWD - 2)] + [700, 300]
+    binding = bound(codec, spec, cached, [1] * CROWD, device, torch.float32, block_size=16)
     assert difference(binding, 2, 16, torch.float32) < 1e-4
 
 
@@ -172,7 +172,9 @@ def _in_blocks(tokens: Tensor, size: int) -> Tensor:
     return torch.cat((tokens, tokens[:1].expand(padding, -1, -1))).unflatten(0, (-1, size))
 
 
-@pytest.mark.parametrize("splits", [SPLITS, CROWDED, Splits(16, 32, 4), Splits(32, 256, 8)])
+@pytest.mark.parametrize(
+    "splits", [SPLITS, CROWDED, THRONGED, Splits(16, 32, 4), Splits(32, 256, 8)]
+)
 def test_most_splits_is_never_exceeded(splits):
     for limit in (1, 15, 16, 17, 63, 300, 1024, 1025, 5000):
         counts = [-(-n // splits.length(n)) for n in range(1, limit + 1)]

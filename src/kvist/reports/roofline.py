@@ -368,15 +368,18 @@ def plot(found: Sequence[Roofline], path: Path) -> None:
                 label=f"{one.model}: {kind.lower()}",
             )
         for p in one.points:
+            left = p.bound == "arithmetic"
             axes.annotate(
-                f"{p.name.split(' at ')[0].lower()}\n{100 * p.reached:.0f} %",
+                f"{p.name.split(' at ')[0].lower()}, {100 * p.reached:.0f} %",
                 (p.work.intensity, p.work.operations / p.seconds),
-                xytext=(6, -14),
+                xytext=(-8, -3) if left else (8, -3),
+                ha="right" if left else "left",
                 textcoords="offset points",
                 fontsize=7,
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.margins(y=0.1)
     axes.set_xlabel(f"operations per byte (memory below {ridge:,.0f}, arithmetic above)")
     axes.set_ylabel("operations per second")
     axes.set_title(

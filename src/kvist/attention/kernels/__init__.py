@@ -109,7 +109,6 @@ def triton_attention(
             kv.memo[key],
             scale,
             ragged=ragged,
-            splits=splits,
             dependent=dependent,
             rotate=back,
         )

@@ -12,6 +12,8 @@ import triton.language as tl
 from kvist.attention.kernels.tiles import INT8, load_queries, mix, scores
 from kvist.kernels.encode_kernels import hadamard
 
+STEP = tl.constexpr(16)  # splits that are put together at a time
+
 
 @triton.jit
 def visible_keys(n, WINDOW: tl.constexpr, SINKS: tl.constexpr):
@@ -194,12 +196,12 @@ def combine_kernel(
     if count > 0:
         splits = tl.cdiv(count, split_length(count, MIN_SPLIT, DOUBLINGS, TARGET))
         d = tl.arange(0, HEAD_DIM)
-        i = tl.arange(0, TARGET)
+        i = tl.arange(0, STEP)
         slot = (b * HEADS + h) * max_splits + i
-        top = tl.max(tl.full([TARGET], -1e30, tl.float32), 0)
-        total = tl.sum(tl.zeros([TARGET], tl.float32), 0)
+        top = tl.max(tl.full([STEP], -1e30, tl.float32), 0)
+        total = tl.sum(tl.zeros([STEP], tl.float32), 0)
         acc = tl.zeros([HEAD_DIM], tl.float32)
-        for i0 in range(0, splits, TARGET):
+        for i0 in range(0, splits, STEP):
             ok = i0 + i < splits
             at = slot + i0
             tops = tl.load(stats_ptr + at * 2, mask=ok, other=-1e30)

@@ -67,9 +67,10 @@ class Tuning:
     stages: int
 
 
-SPLITS = Splits()
-# Where so many decode together that they fill a GPU by themselves, splits only cost.
-CROWD, CROWDED = 64, Splits(shortest=256)
+# By the number of sequences that decode together: few need splits to fill a GPU, many do not.
+SPLITS = Splits(target=64)
+CROWD, CROWDED = 32, Splits(shortest=128)
+THRONG, THRONGED = 128, Splits(shortest=512)
 # Measured on an H200. A tile's block numbers are loaded before its keys, so that two tiles are on
 # their way only from five stages on.
 DECODE = {
@@ -153,6 +154,11 @@ class Workspace:
         )
 
 
+def splits_for(rows: int) -> Splits:
+    """Where contexts are split in a step of so many sequences."""
+    return THRONGED if rows >= THRONG else CROWDED if rows >= CROWD else SPLITS
+
+
 def decode(
     q: Tensor,
     pages: Pages,
@@ -161,7 +167,7 @@ def decode(
     scale: float,
     *,
     ragged: bool,
-    splits: Splits = SPLITS,
+    splits: Splits | None = None,
     tuning: Tuning | None = None,
     dependent: bool = False,
     rotate: bool = False,
@@ -176,7 +182,7 @@ def decode(
         scale: factor of the scores.
         ragged: whether sequences may have other numbers of queries; where not, row b is
             sequence b.
-        splits: where contexts are split.
+        splits: where contexts are split; by default as usual for so many sequences.
         tuning: tile sizes; by default those of the codec.
         dependent: start before the kernel before has ended (programmatic dependent launch).
         rotate: bring the output back from the Hadamard basis of the values.
@@ -184,6 +190,7 @@ def decode(
     heads, count = q.shape[1], pages.kv_lens.shape[0]
     constants = pages.constants(heads)
     tuning = tuning or DECODE[pages.values.kind]
+    splits = splits or splits_for(count)
     common = {
         "WINDOW": constants["WINDOW"],
         "SINKS": constants["SINKS"],
@@ -293,12 +300,7 @@ def prefill(
     )
 
 
-def splits_for(rows: int) -> Splits:
-    """Where contexts are split in a step of so many sequences."""
-    return CROWDED if rows >= CROWD else SPLITS
-
-
-def most_splits(pages: Pages, kv_lens: Sequence[int], splits: Splits = SPLITS) -> int:
+def most_splits(pages: Pages, kv_lens: Sequence[int], splits: Splits) -> int:
     """Splits of a step with these lengths, at most, as a power of two: few kinds of launch."""
     most = splits.most(pages.visible(max(kv_lens, default=1)))
     return int(triton.next_power_of_2(most))
