@@ -11,7 +11,7 @@ from picture import Picture
 from kvist import AsyncLLM, SamplingParams
 from kvist.core.record import GroupSnapshot, Snapshot
 from kvist.loading.model import Model
-from kvist.server.live import BACKLOG, LiveCache, _changes
+from kvist.server.live import BACKLOG, LiveCache, _changes, _host_map, _pool_map
 from tiny_models import tiny
 
 LIMIT = 60
@@ -258,3 +258,11 @@ def test_the_host_tier_has_a_map_of_its_own() -> None:
 )
 def test_changes_are_runs(old: bytes, new: bytes, runs: list[tuple[int, str]]) -> None:
     assert list(_changes(old, new)) == runs
+
+
+def test_a_block_of_many_owners_is_shared_like_any_other() -> None:
+    owners = (0, 0, 1, 1, 2, 2, 300, 300)
+    cached = (False, True) * 4
+    group = GroupSnapshot(None, 0, 8, 0, owners, cached, 0, 2, 1, (False, True))
+    assert _pool_map(group) == b"01234545"
+    assert _host_map(group) == b"01"

@@ -16,7 +16,7 @@ interface Detail {
   saved: boolean;
 }
 
-const PITCHES = [16, 14, 12, 10, 9, 8, 7, 6, 5, 4, 3];
+const PITCHES = [19, 16, 14, 12, 10, 9, 8, 7, 6, 5, 4, 3];
 const FADE = 900; // milliseconds
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -144,7 +144,7 @@ export class BlockMap {
     const y = Math.floor(cell / this.columns) * pitch;
     const state = this.stateOf(cell);
     const { host } = this.options;
-    const round = pitch >= 8 ? Math.min(3.5, size / 3) : 0;
+    const round = pitch >= 8 ? Math.min(4, size / 3.5) : 0;
     context.clearRect(x, y, pitch, pitch);
     const fill = state >= 4 ? palette.shared : state >= 2 ? palette.used : state ? (host ? palette.host : palette.published) : palette.free;
     context.fillStyle = fill;

@@ -74,12 +74,12 @@ export class CacheView {
     const parts: HTMLElement[] = [];
     this.live.groups.forEach((group, i) => {
       const kind = group.window === null ? "All layers that see everything" : `Layers that see ${plural(group.window, "token")}${group.sinks ? ` and ${plural(group.sinks, "sink")}` : ""}`;
-      const pool = new BlockMap({ label: `Blocks of the pool${several ? `, ${kind}` : ""}`, host: false, group: i, height: several ? 130 : 216 });
+      const pool = new BlockMap({ label: `Blocks of the pool${several ? `, ${kind}` : ""}`, host: false, group: i, height: several ? 110 : 176 });
       this.pools.push(pool);
       if (several) parts.push(h("p", { class: "caption" }, kind));
       parts.push(h("div", { class: "map-box" }, pool.canvas));
       if (group.host.length) {
-        const host = new BlockMap({ label: "Blocks of the host tier", host: true, group: i, height: 96 });
+        const host = new BlockMap({ label: "Blocks of the host tier", host: true, group: i, height: 66 });
         this.hosts.push(host);
         parts.push(h("p", { class: "caption" }, "Host memory"), h("div", { class: "map-box" }, host.canvas));
       } else this.hosts.push(null);

@@ -161,7 +161,7 @@ export class Tree {
     const x = last ? x1 + 16 : x0 + 2;
     const fits = Math.floor(((last ? width : x1) - x) / LETTER);
     if (text && fits > 7) {
-      const words = text.trim().replace(/\s*\n\s*/g, " · ");
+      const words = text.replace(/^[^\p{L}\p{N}]+/u, "").trimEnd().replace(/\s*\n\s*/g, " · ");
       const shown = words.length > fits ? `${words.slice(0, fits - 1)}…` : words;
       group.append(s("text", { x, y: last ? p.y + 4 : p.y - 8 }, shown));
     }

@@ -17,7 +17,7 @@ def take_snapshot(
             num_blocks=config.num_blocks,
             free=pool.num_free,
             owners=tuple(pool.owners),
-            cached=tuple(node is not None for node in pool.nodes),
+            cached=tuple([node is not None for node in pool.nodes]),
             held=pool.num_held,
             host_blocks=config.host_blocks,
             host_used=host.num_used,

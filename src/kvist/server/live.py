@@ -30,6 +30,8 @@ HEARTBEAT = 15.0  # seconds of silence, after which proxies might hang up
 # A block's state as one character, by twice its owners (none, one, several) plus whether it is
 # published: free, published, used, used and published, shared, shared and published.
 STATES = b"012345"
+_BY_OWNERS = bytes(STATES[2 * min(owners, 2)] for owners in range(256))
+_BY_CACHED = bytes(STATES[min(cached, 1)] for cached in range(256))
 
 
 class LiveCache:
@@ -220,12 +222,14 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 
 
 def _pool_map(group: GroupSnapshot) -> bytes:
-    pairs = zip(group.owners, group.cached, strict=True)
-    return bytes([STATES[2 * (owners if owners < 2 else 2) + cached] for owners, cached in pairs])
+    owned = bytes([min(n, 2) for n in group.owners] if max(group.owners) > 255 else group.owners)
+    # One addition of two long numbers, digit by digit without a carry: a cache may be large.
+    states = int.from_bytes(owned.translate(_BY_OWNERS)) + int.from_bytes(bytes(group.cached))
+    return states.to_bytes(len(owned))
 
 
 def _host_map(group: GroupSnapshot) -> bytes:
-    return bytes([STATES[cached] for cached in group.host_cached])
+    return bytes(group.host_cached).translate(_BY_CACHED)
 
 
 def _changes(old: bytes, new: bytes, stride: int = 256) -> Iterable[tuple[int, str]]:
