@@ -111,7 +111,7 @@ class Desk:
 
     def take(self, events: Sequence[Event]) -> list[Sample]:
         """Give each event to its sample; returns the samples that have something new."""
-        touched: list[Sample] = []
+        touched: dict[Sample, None] = {}  # a set that keeps its order
         for event in events:
             job = self.jobs.get(event.request_id)
             if job is None:
@@ -125,8 +125,7 @@ class Desk:
                     ]
                 continue
             sample = job.samples[event.sample_index]
-            if sample not in touched:
-                touched.append(sample)
+            touched[sample] = None
             if isinstance(event, TokensEvent):
                 self._push(event, sample)
                 if sample.stopped_by_text:
@@ -138,7 +137,7 @@ class Desk:
                 sample.end(event.reason, event.record)
             if job.finished:
                 self.jobs.pop(event.request_id, None)
-        return touched
+        return list(touched)
 
     def _push(self, event: TokensEvent, sample: Sample) -> None:
         logprobs: Sequence[TokenLogprobs | None] = event.logprobs or [None] * len(event.tokens)

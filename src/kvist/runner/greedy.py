@@ -1,7 +1,7 @@
 """The largest of a row of logits, and whether it is finite: what every greedy step asks.
 
-On a CPU by numpy, in microseconds: torch would wake a second thread for a row of this length and let
-it spin on a core that the next step needs. Called by the sampler, the loop and the runner.
+On a CPU by numpy, in microseconds: torch would wake a second thread for a row of this length and
+let it spin on a core that the next step needs. Called by the sampler, the loop and the runner.
 """
 
 import torch

@@ -6,8 +6,9 @@ somebody asks the ticket for its result.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,9 @@ class PagedRunner:
         self._images: dict[str, Tensor] = {}
         # The token last sampled in each slot.
         self._last = torch.zeros(pool.max_slots + 1, dtype=torch.long, device=pool.device)
+        self._on_device: AbstractContextManager[Any] = nullcontext()
+        if pool.device.type == "cuda":
+            self._on_device = torch.cuda.device(pool.device)
         # Slots whose sampling a recording can do: nothing but temperature and filters.
         self._simple: set[int] = set()
         self._graphs = None
@@ -80,9 +84,13 @@ class PagedRunner:
             assert isinstance(self.step, FusedStep), "see can_record"
             self._graphs = DecodeGraphs(self.step, pool, self._last, backend=backend)
 
-    @torch.inference_mode()
     def execute(self, plan: Plan) -> Ticket:
         """Start a step; see `core.plan` for the order in which a plan's parts count."""
+        with self._on_device:  # kernels start on the current device, whatever their tensors say
+            return self._execute(plan)
+
+    @torch.inference_mode()
+    def _execute(self, plan: Plan) -> Ticket:
         for slot in plan.released:
             self.sampler.release(slot)
         for new in plan.admitted:

@@ -17,9 +17,9 @@ from kvist.cache.batch import int_tensor
 from kvist.core.params import ResolvedParams
 from kvist.core.results import TokenLogprob
 from kvist.errors import NumericalError
-from kvist.runner.greedy import finite_rows, largest
 from kvist.kernels import can_run
 from kvist.runner.filter_first import filter_then_temperature
+from kvist.runner.greedy import finite_rows, largest
 
 
 @dataclass
