@@ -134,7 +134,7 @@ def ask(port: int, streams: int, tokens: int) -> tuple[int, int]:
             "stream": True,
         }
     ).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
 
     async def one() -> tuple[int, int]:

@@ -154,10 +154,7 @@ class AsyncLLM:
         cache_salt: str = "",
         grammar: Grammar | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
-        """`submit`, but with all that a step adds to the request's samples in one piece.
-
-        A reader that falls behind gets several steps at once, each sample's in order.
-        """
+        """`submit`, but with all that a step adds to the request's samples in one piece."""
         name = request_id if request_id is not None else f"r{next(self._ids)}"
         (job,) = make_jobs(
             self.model,

@@ -44,7 +44,9 @@ class Scripted(Running):
 @contextlib.contextmanager
 def scripted(model: Model) -> Iterator[Scripted]:
     """Serve a script while the block runs."""
-    engine = AsyncLLM(model, cache_memory=MEMORY, prefix_cache=False, **SIZES)
+    # A whole prompt in one step: how many rows of logits its chunks have is nobody's business.
+    sizes = SIZES | {"max_batch_tokens": 1024}
+    engine = AsyncLLM(model, cache_memory=MEMORY, prefix_cache=False, **sizes)
     script = Script(model)
     engine._engine.runner.step = script
     with running(model, engine, ui=False) as server:

@@ -44,6 +44,8 @@ class Report:
     requests: int = 0
     left: int = 0
     compared: int = 0
+    evicted: int = 0
+    preempted: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)  # MiB, as it went on
@@ -188,12 +190,15 @@ class Soak:
         assert not engine._desk.jobs
         assert not engine.grammars._masks
         engine._engine.check()
+        self.report.evicted = snapshot.counters.evicted_blocks
+        self.report.preempted = snapshot.preemptions
 
 
 def soak(requests: int, clients: int, seed: int = 0) -> Report:
     """Serve, and let clients do as they please."""
     model = kvist.load(FIXTURES / "nanovlm" / "vlm_tied")
-    engine = kvist.AsyncLLM(model, cache_memory=32 << 20, max_num_seqs=24, max_batch_tokens=512)
+    # Little room: blocks are evicted and sequences preempted all the time.
+    engine = kvist.AsyncLLM(model, cache_memory=4 << 20, max_num_seqs=24, max_batch_tokens=512)
     try:
         with running(model, engine, ui=False, max_queue=1000) as server:
             return asyncio.run(Soak(server, model, requests, seed).run(clients))
@@ -214,6 +219,7 @@ def main() -> None:
     report = soak(args.requests, args.clients, args.seed)
     print(f"{report.requests} requests in {report.seconds:.0f} s, {report.left} left early")
     print(f"{report.compared} outputs compared with the offline loop")
+    print(f"{report.evicted} blocks evicted, {report.preempted} preemptions")
     print("kinds:", report.kinds)
     print("memory, MiB:", " ".join(f"{value:.0f}" for value in report.memory))
     print(f"{len(report.wrong)} wrong", *report.wrong[:20], sep="\n  ")

@@ -239,7 +239,7 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(model: Model, strea
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
             content = json.dumps(LONG | {"stream": stream}).encode()
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
             gate.gate.release()
             if stream:
@@ -282,6 +282,16 @@ def test_a_requests_line_tells_what_the_cache_did(
     assert "\t" not in refused["request_id"]
     assert "a prompt for the log" not in json.dumps(lines)
     assert "status=200" in PlainLines().format(caplog.records[0])
+
+
+def test_a_foreign_name_for_this_machine_is_refused(server: Running, model: Model) -> None:
+    """A page that lets its own name point to 127.0.0.1 would otherwise read everything."""
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
+        assert server.http.get("/v1/cache", headers={"Host": host}).status_code == 403
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
+        assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200
+    with running(model, ui=False, allowed_hosts=("kvist.lan",)) as other:
+        assert other.http.get("/v1/models", headers={"Host": "kvist.lan"}).status_code == 200
 
 
 def test_other_sites_may_ask_only_if_they_are_listed(server: Running, model: Model) -> None:

@@ -9,5 +9,6 @@ def test_a_crowd_leaves_the_server_as_it_was() -> None:
     assert report.requests == 240
     assert report.left > 0
     assert report.compared > 0
+    assert report.evicted > 0
     assert len(report.kinds) == 9
     assert report.memory[-1] - report.memory[len(report.memory) // 2] < 64

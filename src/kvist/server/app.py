@@ -27,6 +27,7 @@ much of its prompt was cached, and `/v1/cache` shows what the cache holds."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": errors.ErrorBody, "description": "Something is wrong with the request."},
     401: {"model": errors.ErrorBody, "description": "No key, or one that is not known."},
+    403: {"model": errors.ErrorBody, "description": "Asked by a name that is not its own."},
     404: {"model": errors.ErrorBody, "description": "No such model."},
     413: {"model": errors.ErrorBody, "description": "The body is too large."},
     429: {"model": errors.ErrorBody, "description": "Too much at a time; see Retry-After."},

@@ -14,7 +14,6 @@ from fastapi.responses import Response
 from kvist.core.request import Grammar
 from kvist.core.results import Delta, TokenLogprob
 from kvist.loading.model import Model
-from kvist.server.errors import ApiError
 from kvist.server.formats import Thinking, calls_source, check_tools, format_source
 from kvist.server.generation import Asked, Tally, asked_for, generate
 from kvist.server.hermes import CallParser, Part
@@ -34,7 +33,7 @@ from kvist.server.wire.chat import (
     ToolCallBody,
     TopLogprob,
 )
-from kvist.server.wire.common import CachedTokens, OutputTokens, UsageBody
+from kvist.server.wire.common import UsageBody
 from kvist.text.thinking import ThinkingParser
 
 router = APIRouter(tags=["chat"])
@@ -69,16 +68,7 @@ class Chat:
 
     def usage(self) -> UsageBody:
         """What it has taken so far."""
-        tally = self.tally
-        return UsageBody(
-            prompt_tokens=tally.prompt_tokens,
-            completion_tokens=tally.output_tokens,
-            total_tokens=tally.prompt_tokens + tally.output_tokens,
-            prompt_tokens_details=CachedTokens(cached_tokens=tally.cached_tokens),
-            completion_tokens_details=OutputTokens(
-                reasoning_tokens=sum(output.reasoning_tokens for output in self.outputs)
-            ),
-        )
+        return self.tally.usage(sum(output.reasoning_tokens for output in self.outputs))
 
 
 async def begin(served: Served, body: ChatRequest, name: str) -> Chat:
@@ -97,10 +87,6 @@ async def begin(served: Served, body: ChatRequest, name: str) -> Chat:
     prompt = await chat_prompt(served, body.messages, tools=tools, template=variables)
     thinking = thinking_of(served, prompt)
     grammar = await _grammar(served, body, tools, thinking)
-    if grammar is not None and (body.min_tokens or body.ignore_eos):
-        raise ApiError(
-            400, "min_tokens and ignore_eos do not go with a format that says where the output ends"
-        )
     params = body.sampling_params(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from kvist.core.request import Grammar
 from kvist.core.results import Result, TokenLogprob
 from kvist.loading.model import Model
 from kvist.server.chat import Chunks
@@ -18,7 +19,6 @@ from kvist.server.outputs import token_text
 from kvist.server.prompts import text_prompt
 from kvist.server.served import Served, request_id_of, served_by
 from kvist.server.sse import DONE, STREAMED, EventStream, Work
-from kvist.server.wire.common import CachedTokens, UsageBody
 from kvist.server.wire.completions import (
     CompletionAnswer,
     CompletionRequest,
@@ -41,33 +41,34 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     served = served_by(request)
     model = served.check_model(body.model)
     prompts = prompts_of(body.prompt)
-    served.gate.check(len(prompts) * body.n)
     if len(prompts) * body.n > served.settings.max_samples:
         raise ApiError(
             400,
             f"{len(prompts)} prompts x n {body.n} is more than {served.settings.max_samples}",
             param="prompt",
         )
+    served.gate.check(len(prompts) * body.n)
     source = format_source(body.response_format, "never", served.engine.grammars.tag)
     params = body.sampling_params(
         max_tokens=body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    asked = []
-    for prompt in prompts:
-        grammar = (
-            None
-            if source is None
-            else await served.aside(lambda: served.engine.grammars.compile(source))
+
+    def grammar() -> Grammar | None:
+        return None if source is None else served.engine.grammars.compile(source)
+
+    asked = [
+        asked_for(
+            served,
+            await text_prompt(served, prompt),
+            params,
+            await served.aside(grammar),
+            priority=body.priority,
+            cache_salt=body.cache_salt,
         )
-        prepared = await text_prompt(served, prompt)
-        asked.append(
-            asked_for(
-                served, prepared, params, grammar=grammar, priority=body.priority,
-                cache_salt=body.cache_salt,
-            )
-        )  # fmt: skip
+        for prompt in prompts
+    ]
     texts = [_echo(served, prompt, one) for prompt, one in zip(prompts, asked, strict=True)]
     tally = Tally(sum(len(one.prompt.token_ids) for one in asked))
     work = _Completion(
@@ -93,17 +94,6 @@ class _Completion:
     echoes: list[str] | None
     tally: Tally
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def usage(self) -> UsageBody:
-        """What it has taken so far."""
-        tally = self.tally
-        return UsageBody(
-            prompt_tokens=tally.prompt_tokens,
-            completion_tokens=tally.output_tokens,
-            total_tokens=tally.prompt_tokens + tally.output_tokens,
-            prompt_tokens_details=CachedTokens(cached_tokens=tally.cached_tokens),
-        )
 
     def echo(self, index: int) -> str:
         """What an output begins with."""
@@ -143,16 +133,20 @@ async def _whole(served: Served, request: Request, work: _Completion) -> Complet
             )
         )
     return CompletionAnswer(
-        id=work.id, created=work.created, model=work.model, choices=choices, usage=work.usage
+        id=work.id,
+        created=work.created,
+        model=work.model,
+        choices=choices,
+        usage=work.tally.usage(),
     )
 
 
 class _Offsets:
     """Log-probabilities in the older shape, with each token's place in the text."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, place: int = 0) -> None:
         self._model = model
-        self._place = 0
+        self._place = place
 
     def logprobs(self, known: Sequence[Logprob], top: int | None) -> TextLogprobs | None:
         """The next tokens'; None where nobody asked."""
@@ -193,7 +187,7 @@ async def _stream(
             for index, delta in news:
                 text, known = delta.text, [(one.token_id, one) for one in delta.logprobs]
                 if index not in offsets:
-                    offsets[index] = _Offsets(served.model)
+                    offsets[index] = _Offsets(served.model, len(work.echo(index)))
                     text = work.echo(index) + text
                 logprobs = offsets[index].logprobs(known, body.logprobs)
                 result = delta.result
@@ -208,5 +202,5 @@ async def _stream(
                     )
             if pieces:
                 yield "".join(pieces).encode()
-    last = chunks.usage(work.usage) if usage else ""
+    last = chunks.usage(work.tally.usage()) if usage else ""
     yield last.encode() + DONE

@@ -20,6 +20,7 @@ from kvist.server.errors import ApiError, answer
 from kvist.server.gate import closing
 from kvist.server.logs import FIELDS
 from kvist.server.served import Served
+from kvist.server.settings import LOOPBACK
 
 log = logging.getLogger("kvist.server")
 
@@ -70,11 +71,20 @@ class Door:
                 await self._until_drained(self._app(scope, receive, named), named)
             else:
                 await self._app(scope, self._bounded(receive), named)
+        except Exception:
+            status = 500  # what answers it stands before this door
+            raise
         finally:
             self._note(scope, status, time.perf_counter() - began, fields)
 
     def _refusal(self, scope: Scope, headers: Headers, fields: dict[str, Any]) -> ApiError | None:
         served = self._served
+        if not self._is_ours(headers.get("host", "")):
+            return ApiError(
+                403,
+                "a server without keys answers to localhost only, so that no page from elsewhere "
+                "can ask it under a name of its own; see --allowed-hosts",
+            )
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in _PUBLIC and not path.startswith(_PUBLIC_FILES):
             tenant = served.keys.tenant(_key(headers))
@@ -94,6 +104,14 @@ class Door:
         if length.isdecimal() and int(length) > served.settings.max_body:
             return self._too_large()
         return None
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a request means this machine: a foreign name may be made to point here."""
+        settings = self._served.settings
+        if not (self._served.keys.open and settings.on_loopback):
+            return True
+        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+        return name.strip("[]").lower() in (*LOOPBACK, settings.host, *settings.allowed_hosts)
 
     def _too_large(self) -> ApiError:
         limit = self._served.settings.max_body

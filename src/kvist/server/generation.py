@@ -22,6 +22,9 @@ from kvist.loading.image_prompt import PreparedPrompt
 from kvist.server.errors import ApiError, refused
 from kvist.server.logs import record_fields
 from kvist.server.served import Served, log_fields, tenant_of
+from kvist.server.wire.common import CachedTokens, OutputTokens, UsageBody
+
+GRAMMAR_FAILED = "the grammar failed"  # as the scheduler begins to say it
 
 News = list[tuple[int, Delta]]
 """What a step brings: which of the request's outputs, and what is new of it."""
@@ -49,23 +52,37 @@ class Tally:
     last: dict[int, float] = field(default_factory=dict)
     records: list[RequestRecord] = field(default_factory=list)
 
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that were cached when their request came: its first sample's."""
-        return sum(r.cached_device + r.cached_host for r in self.records if not r.sample_index)
+    def usage(self, reasoning_tokens: int | None = None) -> UsageBody:
+        """As the client is told; a prompt counts once, as its first sample found it."""
+        cached = sum(r.cached_device + r.cached_host for r in self.records if not r.sample_index)
+        thought = None
+        if reasoning_tokens is not None:
+            thought = OutputTokens(reasoning_tokens=reasoning_tokens)
+        return UsageBody(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.output_tokens,
+            total_tokens=self.prompt_tokens + self.output_tokens,
+            prompt_tokens_details=CachedTokens(cached_tokens=cached),
+            completion_tokens_details=thought,
+        )
 
 
 def asked_for(
     served: Served,
     prompt: PreparedPrompt,
     params: SamplingParams,
+    grammar: Grammar | None = None,
     **rest: Any,
 ) -> Asked:
     """A prompt with its limit of new tokens settled: what was asked, else what has room.
 
     Raises:
-        ApiError: the prompt has no room for a token.
+        ApiError: the prompt has no room for a token, or a grammar is asked to go on after its end.
     """
+    if grammar is not None and (params.min_tokens or params.ignore_eos):
+        raise ApiError(
+            400, "min_tokens and ignore_eos do not go with a format that says where the output ends"
+        )
     room = served.engine.max_length - len(prompt.token_ids)
     if room < 1:
         raise ApiError(
@@ -78,7 +95,7 @@ def asked_for(
         usual = served.model.generation_config.get("max_new_tokens")
         wanted = max(int(usual or served.settings.default_max_tokens), params.min_tokens)
         params = replace(params, max_tokens=max(1, min(room, wanted), params.min_tokens))
-    return Asked(prompt, params, **rest)
+    return Asked(prompt, params, grammar, **rest)
 
 
 async def generate(
@@ -120,9 +137,12 @@ async def generate(
     try:
         with served.gate.admit(tenant, samples, tokens):
             async with asyncio.timeout(limit), aclosing(_merged(streams)) as merged:
-                async for number, deltas in merged:
-                    base = first[number]
-                    news = [(base + delta.sample_index, delta) for delta in deltas]
+                async for step in merged:
+                    news = [
+                        (first[number] + delta.sample_index, delta)
+                        for number, deltas in step
+                        for delta in deltas
+                    ]
                     _measure(served, tally, news)
                     yield news
     except TimeoutError:
@@ -135,12 +155,12 @@ async def generate(
 
 async def _merged(
     streams: Sequence[AsyncGenerator[list[Delta], None]],
-) -> AsyncGenerator[tuple[int, list[Delta]], None]:
-    """What several streams bring, as it comes."""
+) -> AsyncGenerator[list[tuple[int, list[Delta]]], None]:
+    """What several streams bring: all that is there at a time, which is all of a step."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for deltas in only:
-                yield 0, deltas
+                yield [(0, deltas)]
         return
     ready: asyncio.Queue[tuple[int, list[Delta] | Exception | None]] = asyncio.Queue()
 
@@ -158,13 +178,16 @@ async def _merged(
     try:
         left = len(tasks)
         while left:
-            number, item = await ready.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield number, item
+            step: list[tuple[int, list[Delta]]] = []
+            while left and not (step and ready.empty()):
+                number, item = await ready.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    step.append((number, item))
+            yield step
     finally:
         for task in tasks:
             task.cancel()
@@ -184,7 +207,8 @@ def _measure(served: Served, tally: Tally, news: News) -> None:
                 tally.first = now
                 metrics.ttft.observe(now - tally.began)
             if before is not None:
-                metrics.itl.observe((now - before) / count)
+                for _ in range(count):
+                    metrics.itl.observe((now - before) / count)
             tally.last[index] = now
         result = delta.result
         if result is None:
@@ -193,7 +217,9 @@ def _measure(served: Served, tally: Tally, news: News) -> None:
             tally.records.append(result.record)
             metrics.output(result.record)
         if result.finish_reason == "error":
-            raise ApiError(500, f"the output failed: {result.error}", code="output_failed")
+            # A grammar is the request's own; whatever else fails an output is not.
+            own = (result.error or "").startswith(GRAMMAR_FAILED)
+            raise ApiError(400 if own else 500, f"the output failed: {result.error}")
         if result.finish_reason == "abort":
             raise ApiError(503, "the request was aborted", code="aborted")
 
@@ -202,7 +228,6 @@ def _note(served: Served, request: Request, tally: Tally) -> None:
     """Leave what is known of a request for its line in the log."""
     took = time.perf_counter() - tally.began
     if tally.first is not None:
-        served.metrics.output_tokens.inc(tally.output_tokens)
         served.metrics.e2e.observe(took)
     fields = log_fields(request)
     fields["prompt_tokens"] = tally.prompt_tokens

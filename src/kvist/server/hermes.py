@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from kvist.text.thinking import overlap
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 # The usual order. The arguments can then be passed on while they come; `{` is their first letter.
@@ -88,7 +90,7 @@ class CallParser:
             self._looked, self._failed = 0, False
             return True
         # Space may stand before a call, and the end may be the beginning of a tag.
-        certain = self._held[: len(self._held) - _overlap(self._held, OPEN)].rstrip()
+        certain = self._held[: len(self._held) - overlap(self._held, OPEN)].rstrip()
         if certain:
             parts.append(Part("content", certain))
             self._held, self._fresh = self._held[len(certain) :], False
@@ -168,8 +170,3 @@ def _whole_call(text: str) -> tuple[str, str] | None:
     if isinstance(arguments, str):  # some models write the JSON as a text
         return call["name"], arguments
     return call["name"], json.dumps(arguments, ensure_ascii=False)
-
-
-def _overlap(text: str, tag: str) -> int:
-    """How many characters at the text's end may be the beginning of the tag."""
-    return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)

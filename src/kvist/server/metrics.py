@@ -37,7 +37,6 @@ class Metrics:
             "kvist_cached_prompt_tokens", "Those of them that were cached, by tier.", ["tier"],
             registry=registry,
         )  # fmt: skip
-        self.output_tokens = Counter("kvist_output_tokens", "Tokens given.", registry=registry)
         self.ttft = Histogram(
             "kvist_time_to_first_token_seconds", "From request to first token.",
             buckets=SECONDS, registry=registry,
@@ -140,6 +139,8 @@ def _read(snapshot: Snapshot) -> Iterator[Metric]:
     hits.add_metric(["host"], counts.host_hit_tokens)
     hits.add_metric(["fork"], counts.fork_tokens)
     yield hits
+    yield counter("output_tokens", "Tokens that were sampled.", snapshot.output_tokens)
+    yield counter("computed_tokens", "Tokens that went through it.", snapshot.computed_tokens)
     yield counter("prefix_queried_tokens", "Prompt tokens looked up.", counts.queried_tokens)
     yield counter("evicted_blocks", "Cached blocks that gave way.", counts.evicted_blocks)
     yield counter("saved_blocks", "Blocks saved to the host tier.", counts.saved_blocks)

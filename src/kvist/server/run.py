@@ -133,6 +133,7 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=30,
         lifespan="on",
         timeout_graceful_shutdown=int(settings.drain_timeout),
         **options,

@@ -59,6 +59,9 @@ class Settings:
     share_prefixes: bool = _setting(
         False, "Let keys share cached prefixes, which tells each what others asked.", ACCESS
     )
+    allowed_hosts: tuple[str, ...] = _setting(
+        (), "On loopback without keys: names to be asked by, beside localhost.", ACCESS
+    )
     cors_origins: tuple[str, ...] = _setting((), "Web origins that may call the API.", ACCESS)
     image_hosts: tuple[str, ...] = _setting(
         (), "Hosts that images are fetched from; none, but data URLs, by default.", ACCESS

@@ -7,7 +7,15 @@ choice.
 
 from dataclasses import dataclass
 
-__all__ = ["CLOSE", "OPEN", "Piece", "ThinkingParser", "opens_thinking", "split_thinking"]
+__all__ = [
+    "CLOSE",
+    "OPEN",
+    "Piece",
+    "ThinkingParser",
+    "opens_thinking",
+    "overlap",
+    "split_thinking",
+]
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -73,7 +81,7 @@ class ThinkingParser:
         if self.inside:
             thinking, found, rest = self._held.partition(CLOSE)
             if not found:
-                self._show(pieces, self._held[: len(self._held) - _overlap(self._held, CLOSE)])
+                self._show(pieces, self._held[: len(self._held) - overlap(self._held, CLOSE)])
                 return pieces
             self._show(pieces, thinking)
             self.inside, self._begun, self._held = False, False, rest
@@ -105,6 +113,6 @@ class ThinkingParser:
             pieces.append(Piece(True, shown))
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """How many characters at the text's end may be the beginning of the tag."""
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
