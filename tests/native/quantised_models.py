@@ -72,7 +72,7 @@ def write_gguf(path: Path, shape: TinyShape, quantisation: str) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     kind = gguf.GGMLQuantizationType[quantisation]
     for name, tensor in tensors.items():
-        if tensor.dim() == 1 or quantisation == "F32":
+        if tensor.dim() == 1 or quantisation == "F32":  # norms are never quantised
             writer.add_tensor(f"{name}.weight", tensor.numpy())
         else:
             blocks = gguf.quantize(tensor.numpy(), kind)

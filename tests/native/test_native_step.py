@@ -270,6 +270,27 @@ def test_a_token_outside_the_vocabulary_is_refused(opened: Opened) -> None:
         step(batch, cache.bind(batch))
 
 
-def test_an_unquantised_file_is_refused(opened: Opened) -> None:
-    with pytest.raises(NotSupported, match="unquantised"):
-        make_step(opened, "llama", "F32")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_weights_in_floats_give_the_models_logits(
+    opened: Opened, isa: str, family: str, kind: str
+) -> None:
+    model, _ = opened(family, kind)
+    step = make_step(opened, family, kind, isa=isa, threads=2)
+    [alone] = logits_of(model, make_step(opened, family, kind, isa=isa, threads=1), WHOLE)
+    for chunks in (WHOLE, CHUNKED):
+        [expected] = logits_of(model, model_step(model.lm), chunks)
+        [found] = logits_of(model, step, chunks)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found, alone)
+
+
+def test_a_checkpoint_in_floats_runs_by_name(model: kvist.Model) -> None:
+    native = kvist.load(model.name, device="cpu", executor="native")
+    assert native.native is not None
+    assert not native.native.packed.rounds
+    params = kvist.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    [found] = kvist.generate(native, [IDS], params)
+    [expected] = kvist.generate(model, [IDS], params)
+    assert found.token_ids == expected.token_ids

@@ -290,6 +290,7 @@ def _native(
     """
     from kvist.loading.checkpoint import check_fit
     from kvist.loading.gguf import GGUFCheckpoint
+    from kvist.loading.safetensors import DirectoryCheckpoint
     from kvist.native import native_step
     from kvist.runner.executors import EXECUTORS
 
@@ -300,8 +301,9 @@ def _native(
     try:
         if device.type != "cpu" or dtype != torch.float32:
             raise NotSupported(f"native code computes in float32 on a CPU, not {dtype} on {device}")
-        if not isinstance(checkpoint, GGUFCheckpoint):
-            raise NotSupported(f"{checkpoint.path}: native code runs quantised GGUF files only")
+        if executor == "auto" and not isinstance(checkpoint, GGUFCheckpoint):
+            return None
+        assert isinstance(checkpoint, GGUFCheckpoint | DirectoryCheckpoint)
         check_fit(lm, checkpoint, ignore=_ignorable)
         return native_step(lm.config, checkpoint)
     except NotSupported:

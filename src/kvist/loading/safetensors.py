@@ -64,6 +64,9 @@ class DirectoryCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._shard(name).get_slice(name).get_shape())
 
+    def quantized(self, name: str) -> None:
+        """None: nothing in these files is in a GGUF's blocks."""
+
     def tensor(
         self,
         name: str,

@@ -1,8 +1,9 @@
 """The native executor: a whole step of a decoder in one call of the compiled library.
 
-A drop-in for the model's own forward, made from the same quantised weights: it reads and writes the
-cache's planes in place and gives the logits. Activations are rounded to 8 bits where weights are
-(as llama.cpp does), so logits differ a little from the model's; docs say how little.
+A drop-in for the model's own forward, made from the same weights: it reads and writes the cache's
+planes in place and gives the logits. Where weights are quantised, activations are rounded to 8 bits
+(as llama.cpp does), so logits differ a little from the model's; docs say how little. Where they are
+floats, sums are in another order and nothing else.
 """
 
 import ctypes
@@ -33,11 +34,11 @@ def native_step(
     threads: int | None = None,
     isa: str | None = None,
 ) -> "NativeStep":
-    """A step function that runs quantised weights in the compiled library.
+    """A step function that runs a checkpoint's weights, as they are stored, in native code.
 
     Args:
         config: of the model.
-        checkpoint: its weights, in blocks; the embedding stays mapped.
+        checkpoint: its weights; an embedding in blocks stays mapped.
         threads: None takes a core each, or fewer where torch was told to use fewer.
         isa: "portable", "avx2", "avx512" or "amx"; None takes the best that this processor has.
 
@@ -66,7 +67,8 @@ class NativeStep:
     @property
     def fingerprint(self) -> str:
         """Names the weights and the arithmetic."""
-        return f"native, 8-bit activations, {self.packed.digest}"
+        activations = "8-bit" if self.packed.rounds else "float32"
+        return f"native, {activations} activations, {self.packed.digest}"
 
     def __repr__(self) -> str:
         """Instruction set and threads."""
@@ -99,7 +101,7 @@ class NativeStep:
         sequences = batch.num_sequences
         starts, lengths = _ints(sequences + 1), _ints(sequences)
         starts[1:] = [end for _, end in batch.query_spans]
-        lengths[:] = batch.kv_lens
+        lengths[:] = list(batch.kv_lens)
         given = StepInput(
             batch.num_tokens,
             sequences,

@@ -1,7 +1,8 @@
-"""From a GGUF checkpoint to weights that the compiled library can multiply with.
+"""From a checkpoint to weights that the compiled library can multiply with.
 
-Blocks go from the mapped file straight into the library's own order; no float copy of a matrix is
-ever made, and the file's pages are given back as soon as they are packed. What the library cannot
+Quantised blocks go from the mapped file straight into the library's own order; no float copy of a
+matrix is ever made, and the file's pages are given back as soon as they are packed. Matrices in
+floats are read and packed one by one. What the library cannot
 run is refused here by name, before anything is packed.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from kvist.models.config import DecoderConfig
 from kvist.models.rope import rope_frequencies
 from kvist.native.library import Shape, isa_bytes, library
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Digest
+
 __all__ = ["PackedModel", "QuantizedWeights", "pack_model"]
 
-# ggml's name -> (the library's `Stored`, its `Kind`).
+# ggml's name, or a dtype -> (the library's `Stored`, its `Kind`).
 STORED = {"Q4_0": (0, 0), "Q4_1": (1, 0), "Q8_0": (2, 1)}
-STORED_FLOATS = {torch.float32: 3, torch.float16: 4, torch.bfloat16: 5}
+STORED_FLOATS = {torch.float32: (3, 2), torch.float16: (4, 2), torch.bfloat16: (5, 3)}
 
 _LAYER_MATRICES = (
     "self_attn.q_proj",
@@ -83,6 +87,7 @@ class PackedModel:
         threads: that work on a step.
         pid: the process that they live in; a fork has none of them.
         digest: names the weights, by a sample of each.
+        rounds: whether activations are rounded to 8 bits, as they are where weights are quantised.
     """
 
     config: DecoderConfig
@@ -91,6 +96,7 @@ class PackedModel:
     threads: int
     pid: int
     digest: str
+    rounds: bool
     _kept: list[Tensor] = field(default_factory=list, repr=False)
     """Memory that the library reads and does not own: the embedding's rows."""
 
@@ -109,11 +115,11 @@ def pack_model(
     cpus: Sequence[int] = (),
     isa: str | None = None,
 ) -> PackedModel:
-    """Pack a checkpoint's quantised weights.
+    """Pack a checkpoint's weights: all matrices quantised, or all in one type of floats.
 
     Args:
         config: of the model that it is a checkpoint of.
-        checkpoint: has Q4_0, Q4_1 or Q8_0 matrices.
+        checkpoint: has Q4_0, Q4_1 or Q8_0 matrices, or float32, float16 or bfloat16 ones.
         threads: that a step runs on.
         cpus: a core for each thread to be bound to during a step; empty leaves it to the system.
         isa: an instruction set by name; None takes the best.
@@ -123,12 +129,13 @@ def pack_model(
     """
     check_config(config)
     loaded = library()
-    matrices = [
-        [_quantized(checkpoint, f"model.layers.{i}.{name}.weight") for name in _LAYER_MATRICES]
+    head_name = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+    names = [
+        [f"model.layers.{i}.{name}.weight" for name in _LAYER_MATRICES]
         for i in range(config.num_layers)
     ]
-    head_name = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
-    head = _quantized(checkpoint, head_name)
+    in_floats = checkpoint.quantized(head_name) is None
+    read = _Floats(checkpoint, head_name) if in_floats else _Quantized(checkpoint)
     shape = Shape(
         layers=config.num_layers,
         hidden=config.hidden_size,
@@ -146,26 +153,30 @@ def pack_model(
     if not handle:
         raise NotSupported(f"this processor cannot run the kernels for {isa or 'any processor'}")
     digest = sha256()
-    for matrix in (*(matrix for layer in matrices for matrix in layer), head):
-        flat = matrix.data.reshape(-1)
-        digest.update(bytes(flat[:: max(1, flat.numel() // 64)].tolist()))
     padded = -(-config.vocab_size // 16) * 16
-    model = PackedModel(config, handle, padded, threads, os.getpid(), digest.hexdigest())
-    weakref.finalize(model, _free, handle, model.pid)
-    kinds = [STORED[matrix.type][1] for layer in matrices for matrix in layer]
-    if loaded.kvist_model_lay_out(
-        handle, (ctypes.c_int32 * len(kinds))(*kinds), STORED[head.type][1]
-    ):
+    kinds = [read.kind(name) for layer in names for name in layer]
+    laid_out = loaded.kvist_model_lay_out(
+        handle, (ctypes.c_int32 * len(kinds))(*kinds), read.kind(head_name)
+    )
+    if laid_out:
+        loaded.kvist_model_free(handle)
         raise KvistError(f"{checkpoint.path}: not enough memory for the packed weights")
-    file_bytes = checkpoint.path.stat().st_size
-    for i, layer in enumerate(matrices):
-        for slot, matrix in enumerate(layer):
-            _pack(handle, i, slot, matrix, file_bytes)
-        names = _LAYER_NORMS + (_HEAD_NORMS if config.qk_norm else ())
-        for slot, name in enumerate(names):
-            weight = checkpoint.tensor(f"model.layers.{i}.{name}.weight", dtype=torch.float32)
+    try:
+        for i, layer in enumerate(names):
+            for slot, name in enumerate(layer):
+                read.pack(handle, i, slot, name, digest)
+        read.pack(handle, -1, 0, head_name, digest)
+    except BaseException:
+        loaded.kvist_model_free(handle)
+        raise
+    model = PackedModel(
+        config, handle, padded, threads, os.getpid(), digest.hexdigest(), rounds=not in_floats
+    )
+    weakref.finalize(model, _free, handle, model.pid)
+    for i in range(config.num_layers):
+        for slot, norm in enumerate(_LAYER_NORMS + (_HEAD_NORMS if config.qk_norm else ())):
+            weight = checkpoint.tensor(f"model.layers.{i}.{norm}.weight", dtype=torch.float32)
             _vector(handle, i, slot, weight)
-    _pack(handle, -1, 0, head, file_bytes)
     _vector(handle, -1, 0, checkpoint.tensor("model.norm.weight", dtype=torch.float32))
     _vector(handle, -1, 1, rope_frequencies(config.rope))
     _embedding(model, checkpoint)
@@ -206,25 +217,67 @@ def check_config(config: DecoderConfig) -> None:
             raise NotSupported(f"the native executor does not run {what}")
 
 
-def _quantized(checkpoint: QuantizedWeights, name: str) -> Blocks:
-    matrix = checkpoint.quantized(name)
-    if matrix is None or matrix.type not in STORED:
-        kind = "unquantised" if matrix is None else matrix.type
-        raise NotSupported(
-            f"{checkpoint.path}: {name} is {kind}; the native executor runs {', '.join(STORED)}"
-        )
-    return matrix
+class _Quantized:
+    """Matrices in the file's own blocks."""
+
+    def __init__(self, checkpoint: QuantizedWeights) -> None:
+        self.checkpoint = checkpoint
+        self.file_bytes = checkpoint.path.stat().st_size
+
+    def kind(self, name: str) -> int:
+        return STORED[self._matrix(name).type][1]
+
+    def pack(self, handle: int, layer: int, slot: int, name: str, digest: "Digest") -> None:
+        matrix = self._matrix(name)
+        data = matrix.data.contiguous()
+        _pack(handle, layer, slot, STORED[matrix.type][0], data, digest)
+        # Only pages of the mapping itself are given back: they are the file's and clean, so nothing
+        # is lost. Rows that were reordered lie in memory of their own, smaller than the file.
+        if data.untyped_storage().nbytes() == self.file_bytes:
+            library().kvist_forget_pages(data.data_ptr(), data.nbytes)
+
+    def _matrix(self, name: str) -> Blocks:
+        matrix = self.checkpoint.quantized(name)
+        if matrix is None or matrix.type not in STORED:
+            kind = "in floats" if matrix is None else matrix.type
+            raise NotSupported(
+                f"{self.checkpoint.path}: {name} is {kind}; the native executor runs "
+                f"{', '.join(STORED)} or floats throughout"
+            )
+        return matrix
 
 
-def _pack(handle: int, layer: int, slot: int, matrix: Blocks, file_bytes: int) -> None:
-    data = matrix.data.contiguous()
-    library().kvist_model_pack(
-        handle, layer, slot, STORED[matrix.type][0], data.data_ptr(), matrix.shape[0]
-    )
-    # Only pages of the mapping itself are given back: they are the file's and clean, so nothing is
-    # lost. Rows that were reordered lie in memory of their own, which is smaller than the file.
-    if data.untyped_storage().nbytes() == file_bytes:
-        library().kvist_forget_pages(data.data_ptr(), data.nbytes)
+class _Floats:
+    """Matrices in floats, all of the type that the head's is of."""
+
+    def __init__(self, checkpoint: QuantizedWeights, head_name: str) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = checkpoint.tensor(head_name).dtype
+
+    def kind(self, name: str) -> int:
+        if self.checkpoint.quantized(name) is not None:
+            raise NotSupported(
+                f"{self.checkpoint.path}: {name} is quantised and the head is not; the native "
+                "executor runs either throughout"
+            )
+        return STORED_FLOATS[self.dtype][1]
+
+    def pack(self, handle: int, layer: int, slot: int, name: str, digest: "Digest") -> None:
+        # Another type than the head's is brought to it only if nothing can be lost.
+        data = self.checkpoint.tensor(name)
+        if data.dtype != self.dtype and self.dtype != torch.float32:
+            raise NotSupported(
+                f"{self.checkpoint.path}: {name} is {data.dtype}, the head {self.dtype}; the "
+                "native executor runs one type of floats throughout"
+            )
+        data = data.to(self.dtype).contiguous()
+        _pack(handle, layer, slot, STORED_FLOATS[self.dtype][0], data, digest)
+
+
+def _pack(handle: int, layer: int, slot: int, stored: int, data: Tensor, digest: "Digest") -> None:
+    library().kvist_model_pack(handle, layer, slot, stored, data.data_ptr(), data.shape[0])
+    flat = data.view(torch.uint8).reshape(-1)
+    digest.update(bytes(flat[:: max(1, flat.numel() // 64)].tolist()))
 
 
 def _vector(handle: int, layer: int, slot: int, values: Tensor) -> None:
@@ -239,7 +292,7 @@ def _embedding(model: PackedModel, checkpoint: QuantizedWeights) -> None:
         stored, rows = STORED[quantized.type][0], quantized.data
     else:
         rows = checkpoint.tensor(_EMBEDDING)  # a float type as stored, else float32
-        stored = STORED_FLOATS[rows.dtype]
+        stored = STORED_FLOATS[rows.dtype][0]
     rows = rows.contiguous()
     model._kept.append(rows)
     library().kvist_model_embedding(model.handle, stored, rows.data_ptr())

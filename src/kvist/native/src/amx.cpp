@@ -103,7 +103,7 @@ void rows_times_groups(const Group* groups, int count, const Activations& x, int
 
 void linear_on_tiles(const Matrix& matrix, int begin, int end, const Activations& x, int rows,
                      float* out, int64_t ld, bool add, void* scratch) {
-    if (rows < FROM_ROWS)
+    if (rows < FROM_ROWS || in_floats(matrix.kind))
         return kernels_avx512()->linear(matrix, begin, end, x, rows, out, ld, add, scratch);
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
@@ -122,7 +122,7 @@ void linear_on_tiles(const Matrix& matrix, int begin, int end, const Activations
 
 void gate_up_on_tiles(const Matrix& gate, const Matrix& up, int begin, int end,
                       const Activations& x, int rows, const Activations& to, void* scratch) {
-    if (rows < FROM_ROWS)
+    if (rows < FROM_ROWS || in_floats(gate.kind))
         return kernels_avx512()->gate_up(gate, up, begin, end, x, rows, to, scratch);
     gate_up_with(linear_on_tiles, gate, up, begin, end, x, rows, to, scratch);
 }

@@ -8,7 +8,10 @@
 //   q8: 8 x 64 bytes, byte 4r+i of vector j = (input 4j+i of row r) ^ 0x80, 16 halves d;
 //                                                    weight = d * (byte - 128)
 //
-// Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does.
+//   f32, bf16: 32 x 16 values, column by column.
+//
+// Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does; where weights
+// are floats they stay floats.
 //
 // A row's result is the same to the bit whatever rows stand beside it, and however many threads there
 // are: sums of products of bytes are exact, floats are added block by block in one order, and
@@ -22,14 +25,17 @@ constexpr int LANES = 16;  // rows of a group
 constexpr int BLOCK = 32;  // columns that share a scale
 constexpr int Q4_BLOCK = 320, Q8_BLOCK = 544;  // bytes of a group's block
 
-enum Kind : int32_t { Q4 = 0, Q8 = 1 };
+enum Kind : int32_t { Q4 = 0, Q8 = 1, W32 = 2, W16 = 3 };
 enum Element : int32_t { F32 = 0, BF16 = 1, I8 = 2, U4 = 3 };
 
 constexpr int SPAN = 128;  // positions that attention takes together; softmax is merged over spans
 constexpr int MOST_HEAD_DIM = 256;
 constexpr int ROW_TILE = 16;  // rows of activations have room up to a multiple of this
 
-constexpr int block_bytes(Kind kind) { return kind == Q4 ? Q4_BLOCK : Q8_BLOCK; }
+constexpr int block_bytes(Kind kind) {
+    return kind == Q4 ? Q4_BLOCK : kind == Q8 ? Q8_BLOCK : BLOCK * LANES * (kind == W32 ? 4 : 2);
+}
+constexpr bool in_floats(Kind kind) { return kind >= W32; }
 
 struct Matrix {
     const uint8_t* data;  // of group 0
@@ -47,6 +53,7 @@ struct Activations {
     float* scale;
     float* sum;
     int32_t* isum;
+    float* floats;  // [rows, columns] instead, where weights are floats
     int32_t columns;
 
     int64_t block_at(int row, int block) const {

@@ -170,8 +170,59 @@ inline void all_tiles(const Unpacked& w, const Activations& x, int rows, float* 
     for (; r < rows; r++) tile_of_rows<KIND, 1>(w, x, r, out + r * ld, ld, add);
 }
 
+// Floats: every column's 16 weights times each row's value, in two sums, of even and odd columns.
+template <Kind KIND> inline Floats weights_at(const uint8_t* w, int column) {
+    return KIND == W32 ? load((const float*)w + column * LANES)
+                       : load_bf16((const uint16_t*)w + column * LANES);
+}
+
+template <Kind KIND, int ROWS>
+inline void float_rows(const uint8_t* w, int columns, const float* x, float* out, int64_t ld,
+                       bool add) {
+    Floats even[ROWS], odd[ROWS];
+    for (int r = 0; r < ROWS; r++) even[r] = odd[r] = splat(0.f);
+    constexpr int BYTES = LANES * (KIND == W32 ? 4 : 2);
+    for (int c = 0; c < columns; c += 2) {
+        prefetch(w + AHEAD + c * BYTES);
+        if (KIND == W32) prefetch(w + AHEAD + c * BYTES + BYTES);
+        const Floats a = weights_at<KIND>(w, c), b = weights_at<KIND>(w, c + 1);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            even[r] = fma(a, splat(x[r * columns + c]), even[r]);
+            odd[r] = fma(b, splat(x[r * columns + c + 1]), odd[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+        const Floats y = even[r] + odd[r];
+        float* to = out + r * ld;
+        store(to, add ? load(to) + y : y);
+    }
+}
+
+template <Kind KIND>
+inline void float_linear(const Matrix& matrix, int begin, int end, const Activations& x, int rows,
+                         float* out, int64_t ld, bool add) {
+    constexpr int TOGETHER = MAX_ROWS == 8 ? 8 : 4;
+    const int columns = matrix.columns;
+    for (int g = begin; g < end; g++) {
+        const uint8_t* w = matrix.data + g * matrix.stride;
+        float* to = out + (int64_t)g * LANES;
+        const float* row = x.floats;
+        int r = 0;
+        for (; r + TOGETHER <= rows; r += TOGETHER)
+            float_rows<KIND, TOGETHER>(w, columns, row + (int64_t)r * columns, to + r * ld, ld, add);
+        for (; r + 2 <= rows; r += 2)
+            float_rows<KIND, 2>(w, columns, row + (int64_t)r * columns, to + r * ld, ld, add);
+        if (r < rows)
+            float_rows<KIND, 1>(w, columns, row + (int64_t)r * columns, to + r * ld, ld, add);
+    }
+}
+
 [[maybe_unused]] void linear(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
             int64_t ld, bool add, void* scratch) {
+    if (matrix.kind == W32) return float_linear<W32>(matrix, begin, end, x, rows, out, ld, add);
+    if (matrix.kind == W16) return float_linear<W16>(matrix, begin, end, x, rows, out, ld, add);
     switch (rows <= MAX_ROWS ? rows : 0) {
         case 1: return few_rows<1>(matrix, begin, end, x, 0, out, ld, add);
         case 2: return few_rows<2>(matrix, begin, end, x, 0, out, ld, add);

@@ -21,6 +21,16 @@ int64_t stored_row_bytes(Stored type, int64_t columns) {
     }
 }
 
+Kind kind_of(Stored type) {
+    switch (type) {
+        case STORED_Q8_0: return Q8;
+        case STORED_F32:
+        case STORED_F16: return W32;
+        case STORED_BF16: return W16;
+        default: return Q4;
+    }
+}
+
 namespace {
 
 uint16_t half_at(const uint8_t* p) {
@@ -73,6 +83,20 @@ void pack_q8(uint8_t* to, const uint8_t* const* rows, int blocks) {
         }
 }
 
+// Columns of 16 rows, as floats or as the halves that bfloat16 is.
+void pack_floats(uint8_t* to, const uint8_t* const* rows, int columns, Stored type) {
+    std::vector<float> row(columns);
+    for (int r = 0; r < LANES; r++) {
+        if (!rows[r]) continue;
+        if (type == STORED_BF16) {
+            for (int c = 0; c < columns; c++) memcpy(to + (c * LANES + r) * 2, rows[r] + 2 * c, 2);
+            continue;
+        }
+        read_row(type, rows[r], columns, row.data());
+        for (int c = 0; c < columns; c++) ((float*)to)[c * LANES + r] = row[c];
+    }
+}
+
 struct Packing {
     Pool* pool;
     const Matrix* matrix;
@@ -94,7 +118,8 @@ void pack_share(void* context, int thread) {
             rows[r] = row < packing.count ? packing.rows + row * row_bytes : nullptr;
         }
         uint8_t* to = (uint8_t*)matrix.data + g * matrix.stride;
-        if (packing.type == STORED_Q8_0) pack_q8(to, rows, blocks);
+        if (in_floats(matrix.kind)) pack_floats(to, rows, matrix.columns, packing.type);
+        else if (packing.type == STORED_Q8_0) pack_q8(to, rows, blocks);
         else pack_q4(to, rows, blocks, packing.type == STORED_Q4_1);
     }
 }

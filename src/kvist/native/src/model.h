@@ -21,6 +21,7 @@ enum Slot : int32_t { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE, UP, DOWN, SLOTS };
 // How a file stores rows; values are this library's own.
 enum Stored : int32_t { STORED_Q4_0, STORED_Q4_1, STORED_Q8_0, STORED_F32, STORED_F16, STORED_BF16 };
 int64_t stored_row_bytes(Stored type, int64_t columns);
+Kind kind_of(Stored type);  // what its rows are packed as
 void read_row(Stored type, const uint8_t* row, int64_t columns, float* out);
 
 // Memory that comes zeroed and in large pages where the system has them.

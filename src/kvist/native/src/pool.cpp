@@ -12,7 +12,7 @@ namespace kvist {
 namespace {
 
 constexpr int SPINS = 2000;      // about 50 microseconds: a few phases
-constexpr int IDLE_SPINS = 4000;  // between jobs: what a loop takes to sample and come back
+constexpr int IDLE_SPINS = 8000;  // between jobs: what a loop takes to sample and come back
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -22,32 +22,32 @@ inline void relax() {
 #endif
 }
 
-// Binds the calling thread to one core for as long as it lives.
-class Bound {
+// Binds the calling thread to one core, and lets it go again.
+class Binding {
   public:
-    explicit Bound(const std::vector<int>& cpus, int thread) {
+    void set(const std::vector<int>& cpus, int thread, bool bind) {
 #if defined(__linux__)
-        if (cpus.empty()) return;
-        bound_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0;
+        if (bind == bound_ || cpus.empty()) return;
+        if (!bind) {
+            pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+            bound_ = false;
+            return;
+        }
         cpu_set_t one;
         CPU_ZERO(&one);
         CPU_SET(cpus[thread], &one);
-        bound_ = bound_ && pthread_setaffinity_np(pthread_self(), sizeof one, &one) == 0;
+        bound_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0 &&
+                 pthread_setaffinity_np(pthread_self(), sizeof one, &one) == 0;
 #else
-        (void)cpus, (void)thread;
-#endif
-    }
-    ~Bound() {
-#if defined(__linux__)
-        if (bound_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+        (void)cpus, (void)thread, (void)bind;
 #endif
     }
 
   private:
 #if defined(__linux__)
     cpu_set_t before_;
-    bool bound_ = false;
 #endif
+    bool bound_ = false;
 };
 
 }  // namespace
@@ -82,21 +82,24 @@ void Pool::barrier(int thread) {
         if (t != thread) wait_for(arrived_[t], round, SPINS);
 }
 
-void Pool::run(void (*job)(void*, int), void* context) {
+void Pool::run(void (*job)(void*, int), void* context, bool bind) {
     if (threads_ == 1) return job(context, 0);
-    const Bound bound(cpus_, 0);
-    job_ = job, context_ = context;
+    Binding binding;
+    binding.set(cpus_, 0, bind);
+    job_ = job, context_ = context, bind_ = bind;
     job_number_.value.fetch_add(1, std::memory_order_release);
     job_number_.value.notify_all();
     job(context, 0);
     barrier(0);
+    binding.set(cpus_, 0, false);
 }
 
 void Pool::work(int thread) {
-    const Bound bound(cpus_, thread);
+    Binding binding;
     for (uint32_t number = 1;; number++) {
         wait_for(job_number_, number, IDLE_SPINS);
         if (!job_) return;
+        binding.set(cpus_, thread, bind_);
         job_(context_, thread);
         barrier(thread);
     }

@@ -2,7 +2,8 @@
 //
 // Waiting spins briefly, since phases of a step are microseconds apart, then sleeps on the word
 // itself, so that a thread whose neighbour was descheduled gives its core up. Between jobs the
-// workers sleep. Where there is a thread for every core, each is bound to its own for the job.
+// workers sleep. Where there is a thread for every core, each may be bound to its own for a job: short
+// phases gain by it, and long ones lose where another program has a core.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -22,7 +23,7 @@ class Pool {
 
     int threads() const { return threads_; }
     // Run job(context, t) on every thread t; the caller is thread 0.
-    void run(void (*job)(void*, int), void* context);
+    void run(void (*job)(void*, int), void* context, bool bind = false);
     // All threads have come this far, and see what the others wrote.
     void barrier(int thread);
 
@@ -40,6 +41,7 @@ class Pool {
     Word job_number_;
     void (*job_)(void*, int) = nullptr;  // null ends the workers
     void* context_ = nullptr;
+    bool bind_ = false;
     std::vector<std::thread> workers_;
 };
 

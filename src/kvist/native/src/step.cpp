@@ -386,7 +386,8 @@ class Pass {
 void run_step(Model& model, Workspace& space, const StepInput& input) {
     for (int first = 0; first < input.tokens; first += PASS_ROWS) {
         Pass pass(model, space, input, first, std::min(PASS_ROWS, input.tokens - first));
-        model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass);
+        model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass,
+                       input.tokens <= FEW_ROWS);
     }
 }
 

@@ -13,7 +13,7 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
     int32_t rows, const float* x, float* out) {
     const Kernels* kernels = kernels_named(isa);
     if (!kernels) return 1;
-    const Kind kind = stored == STORED_Q8_0 ? Q8 : Q4;
+    const Kind kind = kind_of((Stored)stored);
     Matrix matrix{nullptr, (int64_t)columns / BLOCK * block_bytes(kind), (count + 15) / 16, columns,
                   kind};
     Arena packed(matrix.groups * matrix.stride);
@@ -25,9 +25,11 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
     std::vector<int8_t> q(room * columns);
     std::vector<float> scale(blocks), sum(blocks);
     std::vector<int32_t> isum(blocks);
+    std::vector<float> floats(in_floats(kind) ? rows * columns : 0);
     Arena arena(scratch_bytes(columns, rows));
     void* scratch = arena.take(scratch_bytes(columns, rows));
-    const Activations to{q.data(), scale.data(), sum.data(), isum.data(), columns};
+    const Activations to{q.data(), scale.data(), sum.data(), isum.data(),
+                         floats.empty() ? nullptr : floats.data(), columns};
     for (int r = 0; r < rows; r++) kernels->quantise(x + (int64_t)r * columns, to, r);
     kernels->linear(matrix, 0, matrix.groups, to, rows, out, (int64_t)matrix.groups * LANES, false,
                     scratch);

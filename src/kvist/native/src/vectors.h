@@ -8,6 +8,12 @@ namespace {
 using namespace kvist;
 
 inline void quantise_block(Floats a, Floats b, const Activations& to, int row, int block) {
+    if (to.floats) {
+        float* out = to.floats + (int64_t)row * to.columns + block * BLOCK;
+        store(out, a);
+        store(out + 16, b);
+        return;
+    }
     const int64_t at = to.block_at(row, block);
     const float most = maximum(max(abs(a), abs(b)));
     // A block of zeros, or one too small to divide by, stays zero.
