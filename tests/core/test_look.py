@@ -117,10 +117,10 @@ def test_texts_that_part_become_branches_of_a_common_stem():
     serve(harness, "a", TEXT[:8] + [1] * 9, max_tokens=1)
     serve(harness, "b", TEXT[:8] + [2] * 5, max_tokens=1)
     stem, *branches = tree(harness)
-    assert (stem.parent, len(stem.blocks), stem.tokens) == (0, 2, tuple(TEXT[:4]))
+    assert (stem.parent, len(stem.blocks), stem.tokens) == (0, 2, tuple(TEXT[:8]))
     assert [(b.parent, b.tokens, len(b.blocks)) for b in branches] == [
         (stem.serial, (2,) * 4, 1),
-        (stem.serial, (1,) * 4, 2),
+        (stem.serial, (1,) * 8, 2),
     ]
     assert all(block > 0 for branch in (stem, *branches) for block in branch.blocks)
 
@@ -130,6 +130,13 @@ def test_the_tree_is_left_out_unless_asked_for_and_bounded_when_it_is():
     serve(harness, "a", TEXT[:32], max_tokens=1)
     assert harness.scheduler.look().tree is None
     assert [len(branch.blocks) for branch in tree(harness, 3)] == [3]
+
+
+def test_a_branch_tells_what_it_begins_with_but_not_all_of_it():
+    harness = an_engine()
+    serve(harness, "a", list(range(60)), max_tokens=1)
+    [branch] = tree(harness)
+    assert (len(branch.blocks), branch.tokens) == (15, tuple(range(32)))
 
 
 def test_tenants_grow_from_roots_of_their_own():
@@ -148,8 +155,8 @@ def test_what_is_gone_leaves_the_tree_and_what_the_host_keeps_stays():
         serve(harness, "a", TEXT[:24], max_tokens=3)
         for other in range(3):
             serve(harness, f"{other}", [other] * 24, max_tokens=3)
-    assert tuple(TEXT[:4]) not in [branch.tokens for branch in tree(without)]
-    [kept] = [branch for branch in tree(host) if branch.tokens == tuple(TEXT[:4])]
+    assert 100 not in [branch.tokens[0] for branch in tree(without)]
+    [kept] = [branch for branch in tree(host) if branch.tokens[0] == 100]
     assert any(kept.saved)
     assert not any(kept.blocks)
 
@@ -174,7 +181,7 @@ def test_a_block_tells_its_tokens_where_they_stand_and_who_owns_it():
     harness.add(make_request("c", TEXT[:13], max_tokens=9))
     harness.add(make_request("other", TEXT[20:33], max_tokens=9))
     harness.step()
-    shared = next(b for b in tree(harness) if b.tokens == tuple(TEXT[:4])).blocks[1]
+    shared = next(b for b in tree(harness) if b.tokens[0] == 100).blocks[1]
     detail = harness.scheduler.block(0, shared)
     assert (detail.tokens, detail.start) == (tuple(TEXT[4:8]), 4)
     assert detail.owners == (("b", 0), ("c", 0))

@@ -33,8 +33,13 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def served(model: Model, *, pause: float = 0.0, **settings: Any) -> Iterator[str]:
-    """A server on a thread of its own, which rests between steps; its URL."""
+def served(
+    model: Model, *, pause: float = 0.0, looks: list[float] | None = None, **settings: Any
+) -> Iterator[str]:
+    """A server on a thread of its own; its URL.
+
+    It rests between steps, and takes down when its engine was looked at.
+    """
     sizes = {"block_size": 4, "max_model_len": 120, "cache_memory": 1 << 19, "max_num_seqs": 8}
     llm = AsyncLLM(model, **sizes)  # type: ignore[arg-type]
     step = llm._engine.runner.step
@@ -43,6 +48,14 @@ def served(model: Model, *, pause: float = 0.0, **settings: Any) -> Iterator[str
         time.sleep(pause)
         return step(*arguments)
 
+    look = llm.look
+
+    async def noted(*arguments: Any) -> Any:
+        if looks is not None:
+            looks.append(time.monotonic())
+        return await look(*arguments)
+
+    llm.look = noted  # type: ignore[method-assign]
     if pause:
         llm._engine.runner.step = slowly
     app = create_app(llm, Settings(**settings))
@@ -177,6 +190,30 @@ def test_a_refusal_is_told_in_the_servers_words(page: Any) -> None:
         lambda route: route.fulfill(status=418, body=json.dumps(problem)),
     )
     assert ask(page, "hello").locator(".problem").inner_text() == "no room for that"
+    sent: list[Any] = []
+
+    def take(route: Any) -> None:
+        sent.append(route.request.post_data_json["messages"])
+        route.fulfill(content_type="text/event-stream", body=stream({"content": "yes"}))
+
+    page.route("**/v1/chat/completions", take)
+    page.get_by_role("button", name="Ask again").click()
+    settles(page, lambda: page.locator(".prose", has_text="yes").is_visible())
+    ask(page, "and now")
+    assert [message["content"] for message in sent[0]] == ["hello"]
+    assert [message["content"] for message in sent[1]] == ["hello", "yes", "and now"]
+
+
+def test_a_page_that_is_left_is_looked_at_no_more(browser: Any, model: Model) -> None:
+    looks: list[float] = []
+    with served(model, looks=looks) as url:
+        with opened(browser, url) as page:
+            page.locator("#link[data-state=live]").wait_for()
+            settles(page, lambda: len(looks) > 3)
+        time.sleep(0.5)
+        left = len(looks)
+        time.sleep(1)
+        assert len(looks) == left
 
 
 def test_tokens_are_coloured_by_probability_and_tell_what_else_might_have_come(page: Any) -> None:

@@ -43,6 +43,7 @@ export class Chat {
   private readonly settings = new Settings();
   private readonly composer: Composer;
   private messages: Message[] = [];
+  private question: Message | null = null; // the last one, to be asked again
   private under: AbortController | null = null;
   private model = "";
 
@@ -71,6 +72,7 @@ export class Chat {
   private begin(): void {
     this.under?.abort();
     this.messages = [];
+    this.question = null;
     put(
       this.log,
       h(
@@ -94,7 +96,8 @@ export class Chat {
           { type: "text" as const, text: question.text },
         ]
       : question.text;
-    this.messages.push({ role: "user", content });
+    this.question = { role: "user", content };
+    this.messages.push(this.question);
     this.log.append(
       h(
         "article",
@@ -139,8 +142,9 @@ export class Chat {
       answer.end(under.signal.aborted ? "stopped" : error instanceof Error ? error.message : String(error), !under.signal.aborted);
     }
     this.follow(this.isNearEnd());
+    // A question without an answer is no part of what the next one builds on.
     if (answer.text) this.messages.push({ role: "assistant", content: answer.text });
-    else if (under.signal.aborted && this.messages.at(-1)?.role === "user") this.messages.pop();
+    else this.messages = this.messages.filter((message) => message !== this.question);
     if (this.under === under) {
       this.under = null;
       this.composer.busy = false;
@@ -151,8 +155,9 @@ export class Chat {
   /** Ask the last question once more. */
   private again(answer: Answer): void {
     if (this.under || this.log.lastElementChild !== answer.element) return;
+    if (!this.question) return;
     if (this.messages.at(-1)?.role === "assistant") this.messages.pop();
-    if (this.messages.at(-1)?.role !== "user") return;
+    if (this.messages.at(-1) !== this.question) this.messages.push(this.question);
     answer.element.remove();
     void this.answer();
   }

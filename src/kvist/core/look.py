@@ -13,6 +13,8 @@ from kvist.core.record import BlockDetail, Branch
 from kvist.core.roster import Roster
 from kvist.errors import CacheError
 
+WORDS = 32  # tokens of a branch that are told, or those of one block if it is longer
+
 
 def prefix_tree(index: PrefixIndex, limit: int) -> tuple[Branch, ...]:
     """The cached prefixes as branches, parents before children, the youngest first.
@@ -37,7 +39,7 @@ def prefix_tree(index: PrefixIndex, limit: int) -> tuple[Branch, ...]:
                 serial=first.serial,
                 parent=parent,
                 root=root,
-                tokens=first.key[1],
+                tokens=_beginning(chain),
                 blocks=tuple([node.blocks[0] for node in chain]),
                 saved=tuple([node.hosts[0] != ABSENT_HOST for node in chain]),
             )
@@ -77,6 +79,11 @@ def describe_block(
                 stop = min(start + blocks.block_size, state.sequence.num_tokens)
                 detail = BlockDetail(state.keys.tokens(start, stop), start)
     return BlockDetail(detail.tokens, detail.start, tuple(owners), node is not None, detail.saved)
+
+
+def _beginning(chain: list[Node]) -> tuple[int, ...]:
+    blocks = chain[: max(1, WORDS // len(chain[0].key[1]))]
+    return tuple([token for node in blocks for token in node.key[1]])
 
 
 def _of_node(blocks: PagedBlockManager, node: Node, group: int) -> BlockDetail:

@@ -177,7 +177,7 @@ class Branch:
         serial: of its first node; names the branch as long as it grows there.
         parent: serial of the branch that it grows from, 0 at a root.
         root: what separates it from equal tokens (precision, weights, tenant), as a number.
-        tokens: of its first node.
+        tokens: of its first nodes, enough to tell it by.
         blocks: for each node the block of the first group's pool, 0 where it is not in the pool.
         saved: for each node whether the host tier has it.
     """

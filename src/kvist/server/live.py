@@ -134,7 +134,7 @@ class LiveCache:
         self._marks: deque[Mark] = deque(maxlen=MARKS)
         self._maps: list[tuple[bytes, bytes]] = []
         self._tree: tuple[Branch, ...] = ()
-        self._texts: dict[int, str] = {}
+        self._texts: dict[tuple[int, int], str] = {}
 
     def _take_in(self, look: Look) -> dict[str, Any]:
         """Make this the latest look; returns what is new in it, by the names of `_whole`."""
@@ -185,13 +185,14 @@ class LiveCache:
         )
 
     def _branches(self) -> list[dict[str, Any]]:
-        self._texts = {b.serial: self._text(b) for b in self._tree}
+        texts = {(b.serial, len(b.tokens)): self._text(b) for b in self._tree}
+        self._texts = texts
         return [
             {
                 "id": b.serial,
                 "from": b.parent,
                 "root": b.root,
-                "text": self._texts[b.serial],
+                "text": texts[b.serial, len(b.tokens)],
                 "blocks": b.blocks,
                 "saved": "".join("1" if saved else "0" for saved in b.saved),
             }
@@ -202,10 +203,8 @@ class LiveCache:
         tokenizer = self._engine.model.tokenizer
         if tokenizer is None or not self._show_text:
             return ""
-        known = self._texts.get(branch.serial)
-        if known is not None:
-            return known
-        return tokenizer.decode(branch.tokens[:24])[:120]
+        known = self._texts.get((branch.serial, len(branch.tokens)))
+        return tokenizer.decode(branch.tokens)[:160] if known is None else known
 
 
 def _put(queue: "asyncio.Queue[bytes | None]", item: bytes | None) -> None:
