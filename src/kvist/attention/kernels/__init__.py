@@ -119,7 +119,7 @@ def triton_attention(
         start, end = batch.query_spans[b]
         out[start:end] = _whole_prompt(q[start:end], kv, b, scale)
     if any(new > 1 and b not in fresh for b, new in enumerate(batch.query_lens)):
-        queries = prefill_queries(heads, kv.spec.num_kv_heads)
+        queries = prefill_queries(heads, kv.spec.num_kv_heads, pages.prefill_rows)
         runs = ("triton prefill", queries, fresh)
         if runs not in kv.memo:
             kv.memo[runs] = prefill_work(batch, queries, q.device, without=fresh)

@@ -87,6 +87,10 @@ PREFILL = {
 }
 # Of a decode step, about: a sequence's splits are spread over several programs only up to it.
 WARPS = 16384
+# Products of float32 are single multiplications, all written out: in the tiles above they take a
+# compiler two minutes, in these two seconds.
+DECODE_FLOAT32 = Tuning(64, 8, 2)
+PREFILL_FLOAT32, ROWS_FLOAT32 = Tuning(16, 4, 2), 32
 PREFILL_ROWS = 128  # queries times heads of a group
 
 
@@ -127,6 +131,16 @@ class Pages:
             scales = side.values if side.scales is None else side.scales
             planes += [side.values, scales, scales if side.zeros is None else side.zeros]
         return (*planes, self.block_table, self.kv_lens, self.query_starts)
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether products are computed in float32."""
+        return torch.float32 in (self.keys.values.dtype, self.values.values.dtype)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Queries times heads of a group that a prefill program takes."""
+        return ROWS_FLOAT32 if self.in_float32 else PREFILL_ROWS
 
     def visible(self, kv_len: int) -> int:
         """Keys that a sequence's last query sees."""
@@ -189,7 +203,8 @@ def decode(
     """
     heads, count = q.shape[1], pages.kv_lens.shape[0]
     constants = pages.constants(heads)
-    tuning = tuning or DECODE[pages.values.kind]
+    usual = DECODE_FLOAT32 if pages.in_float32 else DECODE[pages.values.kind]
+    tuning = tuning or usual
     splits = splits or splits_for(count)
     common = {
         "WINDOW": constants["WINDOW"],
@@ -269,7 +284,7 @@ def prefill(
     scale: float,
     *,
     tuning: Tuning | None = None,
-    rows: int = PREFILL_ROWS,
+    rows: int | None = None,
 ) -> None:
     """Attention of the sequences with several queries, into `out`.
 
@@ -280,10 +295,11 @@ def prefill(
         runs: from `prefill_work`, for `prefill_queries` queries each.
         scale: factor of the scores.
         tuning: tile sizes; by default those of the codec.
-        rows: of a program, queries times heads of a group.
+        rows: of a program, queries times heads of a group; by default as `pages` says.
     """
     heads, kv_heads = q.shape[1], pages.spec.num_kv_heads
-    tuning = tuning or PREFILL[pages.values.kind]
+    usual = PREFILL_FLOAT32 if pages.in_float32 else PREFILL[pages.values.kind]
+    tuning, rows = tuning or usual, rows or pages.prefill_rows
     prefill_kernel[(kv_heads, runs.shape[0])](
         q,
         *pages.pointers(),
