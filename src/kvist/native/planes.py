@@ -173,8 +173,8 @@ def _plane(
     if not isinstance(coder, Int4 | Int8):
         raise NotSupported(f"the native executor does not read the codec {codec.name!r} in place")
     group = min(coder.group, spec.head_dim) if isinstance(coder, Int4) else spec.head_dim
-    if group % 16:
-        raise NotSupported(f"the native executor reads groups of 16 channels, not of {group}")
+    if isinstance(coder, Int4) and group not in (16, 32, 64, 128):
+        raise NotSupported(f"the native executor reads groups of 16 to 128 channels, not {group}")
     scale, zero = planes["scale"], planes.get("zero")
     centre: Tensor | None = None
     if side == "key" and isinstance(codec, Quantized) and codec.centre is not None:

@@ -73,7 +73,8 @@ struct HeadPlane {
     const float* centre;  // [head_dim], taken away before a key is encoded, or null
     const int32_t* table;
     int64_t block_stride, token_stride, scale_block_stride, scale_token_stride;
-    int32_t block_size, ring, ring_from, group;
+    int32_t block_size, ring, ring_from;
+    int32_t group;  // a power of two, 16 or more
     Element element;
 };
 

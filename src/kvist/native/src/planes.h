@@ -166,33 +166,31 @@ inline void read_token(const HeadPlane& plane, const Place& place, int head_dim,
     }
     const int64_t at = place.scale(plane);
     if (plane.element == I8) {
-        const Floats scale = splat(half_to_float(plane.scale[at]));
+        const Floats scale = splat(quick_half(plane.scale[at]));
         for (int i = 0; i < head_dim; i += 16)
             store(out + i, load_i8((const int8_t*)x + i) * scale);
         return;
     }
-    const int half = head_dim / 2;
-    Floats scale[MOST_HEAD_DIM / 16], zero[MOST_HEAD_DIM / 16];  // of each run of 16 channels
-    for (int i = 0; i < head_dim; i += 16) {
-        if (i % plane.group) {
-            scale[i / 16] = scale[i / 16 - 1], zero[i / 16] = zero[i / 16 - 1];
-            continue;
-        }
-        scale[i / 16] = splat(half_to_float(plane.scale[at + i / plane.group]));
-        zero[i / 16] = splat(half_to_float(plane.zero[at + i / plane.group]));
-    }
+    const int half = head_dim / 2, shift = __builtin_ctz((unsigned)plane.group);
+    const int groups = (head_dim + plane.group - 1) >> shift;
+    float scales[LANES], zeros[LANES];
+    quick_halves(plane.scale + at, groups, scales);
+    quick_halves(plane.zero + at, groups, zeros);
+    auto value = [&](Floats number, int channel) {
+        const int group = channel >> shift;
+        return fma(number, splat(scales[group]), splat(zeros[group]));
+    };
     if (half % 16 == 0) {
         for (int i = 0; i < half; i += 16) {
             Floats low, high;
             load_nibbles(x + i, low, high);
-            store(out + i, fma(low, scale[i / 16], zero[i / 16]));
-            store(out + half + i, fma(high, scale[(half + i) / 16], zero[(half + i) / 16]));
+            store(out + i, value(low, i));
+            store(out + half + i, value(high, half + i));
         }
         return;
     }
     for (int i = 0; i < half; i++) out[i] = (float)(x[i] & 15), out[half + i] = (float)(x[i] >> 4);
-    for (int i = 0; i < head_dim; i += 16)
-        store(out + i, fma(load(out + i), scale[i / 16], zero[i / 16]));
+    for (int i = 0; i < head_dim; i += 16) store(out + i, value(load(out + i), i));
 }
 
 // The tokens at `count` positions from `from` on, 16 at most, as floats: pointers to them where they
