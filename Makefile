@@ -3,6 +3,7 @@
 # make check   lint, format, types
 # make bench   speed against transformers, in one run
 # make bench-cpu  the native step against openvino-genai (and llama.cpp with LLAMA=1)
+# make bench-gpu  the engine on a GPU: decode, prefill, 256 sequences, start
 # make docs    the command line's reference, from the commands themselves
 # make web     the page, from web/ into the package (needs node; users do not)
 
@@ -14,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUESTION ?= Why does a language model keep its keys and values?
 
-.PHONY: demo test check bench bench-cpu docs web clean
+.PHONY: demo test check bench bench-cpu bench-gpu docs web clean
 
 demo: $(VENV)/.core
 	@$(BIN)/kvist pull smollm2-135m > /dev/null
@@ -39,6 +40,9 @@ bench: $(VENV)/.dev
 bench-cpu: $(VENV)/.dev
 	$(BIN)/kvist pull smollm2-135m > /dev/null
 	$(BIN)/python benchmarks/cpu.py
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_engine.py --seconds 600 --out benchmarks/results/gpu_engine.json
 
 docs: $(VENV)/.dev
 	$(BIN)/typer kvist.cli.app utils docs --name kvist --output docs/cli.md

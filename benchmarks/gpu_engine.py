@@ -1,6 +1,6 @@
 """The engine on a GPU: the workloads of the field, through `kvist.LLM` itself, in one call.
 
-    PYTHONPATH=src python benchmarks/gpu_engine.py --out engine.json [--seconds 200] [--only …]
+    python benchmarks/gpu_engine.py --out engine.json [--seconds 200] [--only decode-0.6b,…]
 
 Qwen3 of the published shapes with random bfloat16 weights, token ids in and out. `decode`: one
 sequence, 128 tokens of context, 256 new ones, greedy. `prefill`: one prompt of 8,192. `batch`: 256
@@ -377,6 +377,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         note(what="stage", name=name, seconds=time.time() - START)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(RESULTS, indent=1))
 
 

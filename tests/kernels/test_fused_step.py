@@ -80,3 +80,18 @@ def test_models_that_the_kernels_do_not_know_are_refused(device):
     model = tiny(device, model_type="llama", attention_bias=True)
     with pytest.raises(NotSupported, match="without biases"):
         FusedStep(model)
+
+
+def test_step_and_model_share_one_memory(device):
+    model = tiny(device, **SLIDING)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    layer, again = FusedStep(model).layers[0], FusedStep(model).layers[0]
+    block = model.model.layers[0]
+    for matrix, parts in (
+        ("qkv", [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]),
+        ("gate_up", [block.mlp.gate_proj, block.mlp.up_proj]),
+    ):
+        whole = getattr(layer, matrix)
+        assert parts[0].weight.data_ptr() == whole.data_ptr() == getattr(again, matrix).data_ptr()
+        assert torch.cat([part.weight for part in parts]).equal(whole)
+    assert all(weight.equal(before[name]) for name, weight in model.named_parameters())
