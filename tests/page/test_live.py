@@ -180,8 +180,24 @@ def test_pages_are_sent_away_when_the_server_wants_to_go() -> None:
             going.set()
             for one in frames:
                 assert [frame async for frame in one] == []
+            async with aclosing(live.frames()) as late:
+                assert [frame async for frame in late] == []
 
     within_limit(work())
+
+
+def test_a_defect_of_the_picture_hangs_no_page(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        async with serving() as llm:
+            live = LiveCache(llm, interval=TICK)
+            async with aclosing(live.frames()) as frames:
+                await anext(frames)
+                live._maps = [(b"", b"")] * 3
+                await ask(llm)
+                assert not [frame async for frame in frames if b"whole" in frame]
+
+    within_limit(work())
+    assert "the live picture broke off" in caplog.text
 
 
 def test_pages_are_sent_away_when_the_engine_has_ended() -> None:

@@ -7,6 +7,7 @@ nothing of how they are made, and this module nothing of HTTP.
 
 import asyncio
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -68,7 +69,8 @@ class LiveCache:
         """
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(BACKLOG)
         self._listeners.add(queue)
-        if self._task is None:
+        if self._task is None or self._task.done():
+            self._forget()
             self._task = asyncio.create_task(self._watch())
         elif self._snapshot is not None:
             queue.put_nowait(self._whole())
@@ -86,7 +88,6 @@ class LiveCache:
             if not self._listeners and self._task is not None:
                 self._task.cancel()
                 self._task = None
-                self._forget()
 
     # -- watching ----------------------------------------------------------------------------
 
@@ -103,8 +104,12 @@ class LiveCache:
                 self._tell(look)
                 cost = look.seconds + time.perf_counter() - began
                 await asyncio.sleep(max(self._interval, cost / SHARE))
+        except asyncio.CancelledError:
+            return  # nobody listens any more
         except EngineDead:
             pass
+        except Exception:  # a defect here must neither hang pages nor touch what the server is for
+            logging.getLogger("kvist.server").exception("the live picture broke off")
         for queue in self._listeners:
             _put(queue, None)
 
