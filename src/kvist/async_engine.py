@@ -205,7 +205,7 @@ class AsyncLLM:
         return await self._ask(lambda: self._engine.block(group, block, host=host))
 
     async def _ask(self, question: Callable[[], T]) -> T:
-        """Put a question to the engine between two of its steps; its refusal is raised here."""
+        """Put a question to the engine between two of its steps; what it raises is raised here."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
@@ -216,8 +216,8 @@ class AsyncLLM:
         def reply() -> None:
             try:
                 settle(question())
-            except KvistError as refusal:
-                settle(refusal)
+            except Exception as failure:  # of the question alone: it changes nothing
+                settle(failure)
 
         self._send(_Call(reply, settle))
         return await answer

@@ -232,6 +232,28 @@ def test_snapshots_can_be_taken_while_it_runs() -> None:
     within_limit(work())
 
 
+def test_a_question_that_fails_fails_alone() -> None:
+    async def work() -> None:
+        async with serving() as llm:
+            with pytest.raises(ZeroDivisionError):
+                await llm._ask(lambda: 1 / 0)
+            assert (await result_of(llm, [5], GREEDY)).finish_reason == "length"
+
+    within_limit(work())
+
+
+def test_steps_bring_the_news_of_all_samples_at_once() -> None:
+    params = SamplingParams(temperature=1, seed=1, n=3, max_tokens=6, ignore_eos=True)
+
+    async def work() -> list[list[Delta]]:
+        async with serving() as llm:
+            return [deltas async for deltas in llm.steps(STEM, params)]
+
+    steps = within_limit(work())
+    assert max(len(step) for step in steps) == 3
+    assert sum(len(d.token_ids) for step in steps for d in step) == 18
+
+
 def test_two_event_loops_share_one_engine() -> None:
     llm = serving()
     found: dict[int, list[tuple[int, ...]]] = {}

@@ -60,6 +60,15 @@ def test_a_stream_joins_to_the_answer_and_ends_with_its_usage(
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_null_is_left_out(model: Model, server: Running) -> None:
+    names = ("n", "stream", "stop", "max_completion_tokens", "top_p", "tools", "logit_bias", "seed")
+    nulls = dict.fromkeys((*names, "tool_choice", "response_format", "logprobs", "user"))
+    answer = server.http.post("/v1/chat/completions", json=nulls | GREEDY | {"max_tokens": 5})
+    [expected] = offline(model, temperature=0, max_tokens=5)
+    assert answer.json()["choices"][0]["message"]["content"] == expected.text
+    assert server.error("/v1/chat/completions", {"model": None, "messages": None})[0] == 400
+
+
 def test_a_stream_has_no_usage_unless_asked_for(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(**GREEDY, max_tokens=4, stream=True))
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)

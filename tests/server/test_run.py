@@ -167,3 +167,13 @@ def test_a_port_in_use_is_said_in_a_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "address already in use" in done.stderr
+
+
+def test_an_open_page_does_not_keep_the_server_from_stopping() -> None:
+    with (
+        command() as (process, url, _),
+        httpx.stream("GET", f"{url}/v1/cache/events", timeout=LIMIT) as events,
+    ):
+        next(events.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0

@@ -3,12 +3,9 @@
 Plain ASGI, so that a stream costs nothing extra for each of its chunks.
 """
 
-import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -67,8 +64,6 @@ class Door:
             refusal = self._refusal(scope, headers, fields)
             if refusal is not None:
                 await answer(refusal)(scope, receive, named)
-            elif scope["method"] == "GET":
-                await self._until_drained(self._app(scope, receive, named), named)
             else:
                 await self._app(scope, self._bounded(receive), named)
         except Exception:
@@ -116,24 +111,6 @@ class Door:
     def _too_large(self) -> ApiError:
         limit = self._served.settings.max_body
         return ApiError(413, f"the body has more than {limit:,} bytes", code="body_too_large")
-
-    async def _until_drained(self, work: Awaitable[None], send: Send) -> None:
-        """Run it; a live picture would otherwise keep the server from stopping."""
-        task = asyncio.ensure_future(work)
-        drained = asyncio.ensure_future(self._served.gate.draining.wait())
-        try:
-            await asyncio.wait((task, drained), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                await asyncio.wait((task,), timeout=1)
-        finally:
-            drained.cancel()
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-        if not task.cancelled():
-            task.result()
 
     def _bounded(self, receive: Receive) -> Receive:
         """`receive`, which also ends bodies that are longer than they said."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -54,7 +54,7 @@ class Served:
             engine=engine,
             model=model,
             settings=settings,
-            names=settings.served_model_name or (PurePath(model.name).name,),
+            names=settings.served_model_name or _names(model.name),
             keys=KeyRing.from_settings(settings),
             gate=Gate(settings),
             metrics=Metrics(),
@@ -81,6 +81,12 @@ class Served:
                 code="model_not_found",
             )
         return name
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """A file or directory goes by its last part, a hub id by that and as a whole."""
+    path = Path(name)
+    return (path.name,) if path.exists() or name == path.name else (name, path.name)
 
 
 def served_by(request: Request) -> Served:

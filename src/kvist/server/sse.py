@@ -22,9 +22,7 @@ log = logging.getLogger("kvist.server")
 
 DONE = b"data: [DONE]\n\n"
 # For an endpoint's description: what it answers where a stream was asked for.
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvist.core.params import SamplingParams
 
@@ -21,6 +21,13 @@ class Body(BaseModel):
     """A request's body: unknown parameters are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+def without_nulls(body: Any) -> Any:
+    """OpenAI's clients send null for what they leave out."""
+    if not isinstance(body, dict):
+        return body
+    return {name: value for name, value in body.items() if value is not None}
 
 
 class StreamOptions(Body):
@@ -44,6 +51,8 @@ class Ignored(Body):
 
 class Sampling(Ignored):
     """How tokens are chosen; what is left out is the model's default."""
+
+    _nulls = model_validator(mode="before")(without_nulls)
 
     model: Text = Field(description="One of /v1/models.")
     temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
