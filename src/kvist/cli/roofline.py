@@ -62,8 +62,6 @@ def _print(found: "Roofline") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kvist.reports.sizes import bytes_text
-
     console = Console(highlight=False, emoji=False)
     console.print(
         f"[bold]{found.model}[/]\n[dim]{found.device} · {found.bandwidth / 1e9:,.0f} GB/s · "
@@ -72,17 +70,8 @@ def _print(found: "Roofline") -> None:
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("step")
-    for name in (
-        "tokens/s",
-        "time",
-        "least",
-        "bytes",
-        "operations",
-        "op/byte",
-        "bound by",
-        "of it",
-    ):
-        table.add_column(name, justify="right")
+    for name in ("tokens/s", "time", "least", "bound by"):
+        table.add_column(name, justify="right", no_wrap=True)
     for point in found.points:
         least = max(point.memory_seconds, point.arithmetic_seconds)
         table.add_row(
@@ -90,11 +79,7 @@ def _print(found: "Roofline") -> None:
             f"{point.tokens / point.seconds:,.0f}",
             f"{1e3 * point.seconds:,.2f} ms",
             f"{1e3 * least:,.2f} ms",
-            bytes_text(point.work.nbytes),
-            f"{point.work.operations / 1e9:,.1f} G",
-            f"{point.work.intensity:,.1f}",
-            point.bound,
-            f"{100 * point.reached:.0f} %",
+            f"{point.bound}, {100 * point.reached:.0f} %",
         )
     console.print(table)
     console.print()
