@@ -87,7 +87,8 @@ export class Lives {
         break;
       case "first_token":
         life.firstToken = time;
-        if (open && open.to === null && open.from === time) open.phase = "decode";
+        // Its last chunk has just ended, and writing began there.
+        if (open && open.to === null && open.phase === "prefill" && !open.tokens) open.phase = "decode";
         else begin("decode");
         if (life.arrived !== null) this.firstTokens.push({ at: time, after: time - life.arrived });
         if (this.firstTokens.length > MOST) this.firstTokens.shift();
