@@ -227,7 +227,8 @@ def load(
         executor: what computes its steps. "auto" takes the fastest there is: on a CPU, 4- and 8-bit
             GGUF weights stay as they are and go to native code, which rounds activations to 8 bits.
             "reference" is the model's own forward with those weights dequantised, to the bit what
-            the file says; further names in `kvist.runner.executors.EXECUTORS`.
+            the file says; "native" is native code for weights in floats too, or an error that
+            says why not; further names in `kvist.runner.executors.EXECUTORS`.
         dummy: random weights from the configuration alone; nothing but config.json is read.
         seed: of the random weights.
 
