@@ -19,7 +19,7 @@ export const plural = (n: number, one: string, many = `${one}s`): string =>
   `${count(n)} ${n === 1 ? one : many}`;
 
 /** The telling end of a long request id. */
-export const shortId = (id: string): string => (id.length > 12 ? `…${id.slice(-8)}` : id);
+export const shortId = (id: string): string => (id.length > 12 ? `…\u2060${id.slice(-8)}` : id);
 
 /** Text on one line, with its white space to be seen. */
 export const oneLine = (text: string): string => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
