@@ -5,8 +5,8 @@
 Workload: prompts of 512 tokens, 128 new tokens, greedy, end-of-sequence ignored. Each contender
 runs in a process of its own, so that peak memory is its own, and contenders take turns, so that a
 machine whose speed drifts treats them alike. Prefill is prompt tokens over time to first token;
-decode is new tokens over the time after it. All compute in float32 from the dequantised weights, but
-for `kvist-native`, what `kvist.load` gives by default: 4-bit weights, activations in 8 bits.
+decode is new tokens over the time after it. All compute in float32 from the dequantised weights,
+but for `kvist-native`, what `kvist.load` gives by default: 4-bit weights, activations in 8 bits.
 """
 
 import argparse

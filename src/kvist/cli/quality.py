@@ -146,6 +146,7 @@ def _print(found: "Quality") -> None:
         console.print(f"costliest layers alone, KL: {costs}")
     if found.needles:
         console.print(_needle_table(found))
+        console.print("[dim]in brackets: by depth, from the text's beginning to its end[/]")
     for sentence in found.advice:
         console.print(sentence)
 
@@ -166,5 +167,4 @@ def _needle_table(found: "Quality") -> "Table":
             by_depth = " ".join(str(s.found) for s in sorted(here, key=lambda s: s.depth))
             cells.append(f"{sum(s.found for s in here)}/{sum(s.asked for s in here)} ({by_depth})")
         table.add_row(codec, *cells)
-    table.caption = "in brackets: by depth, from the beginning of the text to its end"
     return table
