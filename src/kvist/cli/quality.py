@@ -66,7 +66,7 @@ def command(
     from kvist.reports.needle import find_needles
     from kvist.reports.quality import Quality, advise, measure, sensitivity, windows_of
 
-    loaded = load(model, dtype, device, dummy=dummy)
+    loaded = load(model, dtype, device, executor="reference", dummy=dummy)
     tokenizer = loaded.require_tokenizer()
     ids: list[int] = []
     for path in text:
