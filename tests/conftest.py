@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import kvist
 from kvist.loading.hub import pulled_path
@@ -13,6 +14,11 @@ from tiny_models import CHECKPOINTS, Reference, reference
 
 SMOLLM2 = "smollm2-135m"
 _skipped = pytest.StashKey[int]()
+
+
+# No test is a matter of time: a machine may be busy.
+settings.register_profile("kvist", deadline=None)
+settings.load_profile("kvist")
 
 
 def pytest_configure(config: pytest.Config) -> None:

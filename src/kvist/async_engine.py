@@ -1,7 +1,7 @@
 """`AsyncLLM`: requests that come and go, streamed, on one engine with a thread of its own.
 
-Everything that crosses between the event loop and the engine's thread is plain data in a queue, so
-that the engine may become a process of its own. The server is built on this.
+What is asked crosses to the engine's thread in one queue, and news come back through the event loop
+that asked; nothing else touches the engine. The server is built on this.
 """
 
 import asyncio
