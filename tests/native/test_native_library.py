@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvist.native
 from kvist.errors import ConfigError
@@ -35,3 +36,11 @@ def test_available_says_whether_missing_has_no_reason() -> None:
 def test_an_unknown_instruction_set_is_named() -> None:
     with pytest.raises(ConfigError, match="'sse9'"):
         library.isa_bytes("sse9")
+
+
+def test_a_thread_that_comes_late_is_done_without_for_a_while_and_then_for_longer() -> None:
+    jobs = 1 + 8 + 1 + 16 + 1
+    late = torch.full((jobs,), 20, dtype=torch.int32)
+    active = torch.zeros(jobs, dtype=torch.int32)
+    library.library().kvist_test_pool(jobs, late.data_ptr(), active.data_ptr())
+    assert active.tolist() == [2, *[1] * 8, 2, *[1] * 16, 2]

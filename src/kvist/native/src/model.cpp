@@ -108,7 +108,7 @@ struct Packing {
 void pack_share(void* context, int thread) {
     const Packing& packing = *(const Packing*)context;
     const Matrix& matrix = *packing.matrix;
-    const int threads = packing.pool->threads(), blocks = matrix.columns / BLOCK;
+    const int threads = packing.pool->active(), blocks = matrix.columns / BLOCK;
     const int64_t row_bytes = stored_row_bytes(packing.type, matrix.columns);
     const int end = matrix.groups * (thread + 1) / threads;
     for (int g = matrix.groups * thread / threads; g < end; g++) {
@@ -231,6 +231,7 @@ void Model::lay_out(const int32_t* kinds, int32_t head_kind) {
 
 void pack(Pool& pool, const Matrix& matrix, Stored type, const uint8_t* data, int32_t count) {
     Packing packing{&pool, &matrix, type, data, count};
+    pool.choose();
     pool.run(pack_share, &packing);
 }
 

@@ -1,5 +1,8 @@
 #include "pool.h"
 
+#include <algorithm>
+#include <chrono>
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
@@ -13,6 +16,13 @@ namespace {
 
 constexpr int SPINS = 2000;      // about 50 microseconds: a few phases
 constexpr int IDLE_SPINS = 8000;  // between jobs: what a loop takes to sample and come back
+constexpr int PATIENCE = 8, MOST_PATIENCE = 128;  // jobs on one thread before two are tried again
+
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -53,7 +63,7 @@ class Binding {
 }  // namespace
 
 Pool::Pool(int threads, std::vector<int> cpus)
-    : threads_(threads), cpus_(std::move(cpus)), arrived_(new Word[threads]) {
+    : threads_(threads), cpus_(std::move(cpus)), arrived_(new Word[threads]), active_(threads) {
     for (int t = 1; t < threads_; t++) workers_.emplace_back([this, t] { work(t); });
 }
 
@@ -64,26 +74,53 @@ Pool::~Pool() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::wait_for(Word& word, uint32_t value, int spins) {
+int64_t Pool::wait_for(Word& word, uint32_t value, int spins) {
+    int64_t since = 0;
     for (int i = 0;; i++) {
         const uint32_t seen = word.value.load(std::memory_order_acquire);
-        if ((int32_t)(seen - value) >= 0) return;
-        if (i < spins) relax();
-        else word.value.wait(seen, std::memory_order_acquire);
+        if ((int32_t)(seen - value) >= 0) return since ? now() - since : 0;
+        if (i < spins) {
+            relax();
+        } else {
+            if (!since) since = now();
+            word.value.wait(seen, std::memory_order_acquire);
+        }
     }
 }
 
 void Pool::barrier(int thread) {
-    if (threads_ == 1) return;
+    if (active_ == 1) return;
     const uint32_t round = arrived_[thread].value.load(std::memory_order_relaxed) + 1;
     arrived_[thread].value.store(round, std::memory_order_release);
     arrived_[thread].value.notify_all();
     for (int t = 0; t < threads_; t++)
-        if (t != thread) wait_for(arrived_[t], round, SPINS);
+        if (t != thread)
+            arrived_[thread].slept.fetch_add(wait_for(arrived_[t], round, SPINS),
+                                             std::memory_order_relaxed);
+}
+
+int Pool::choose() {
+    active_ = alone_ > 0 ? 1 : threads_;
+    alone_ -= alone_ > 0;
+    return active_;
+}
+
+void Pool::judge(int64_t took) {
+    int64_t slept = 0;
+    for (int t = 0; t < threads_; t++)
+        slept = std::max(slept, arrived_[t].slept.load(std::memory_order_relaxed));
+    if (2 * slept < took) {
+        patience_ = 0;
+        return;
+    }
+    patience_ = std::min(std::max(2 * patience_, PATIENCE), MOST_PATIENCE);
+    alone_ = patience_;
 }
 
 void Pool::run(void (*job)(void*, int), void* context, bool bind) {
-    if (threads_ == 1) return job(context, 0);
+    if (active_ == 1) return job(context, 0);
+    for (int t = 0; t < threads_; t++) arrived_[t].slept.store(0, std::memory_order_relaxed);
+    const int64_t begun = now();
     Binding binding;
     binding.set(cpus_, 0, bind);
     job_ = job, context_ = context, bind_ = bind;
@@ -92,6 +129,7 @@ void Pool::run(void (*job)(void*, int), void* context, bool bind) {
     job(context, 0);
     barrier(0);
     binding.set(cpus_, 0, false);
+    judge(now() - begun);
 }
 
 void Pool::work(int thread) {

@@ -4,6 +4,10 @@
 // itself, so that a thread whose neighbour was descheduled gives its core up. Between jobs the
 // workers sleep. Where there is a thread for every core, each may be bound to its own for a job: short
 // phases gain by it, and long ones lose where another program has a core.
+//
+// A thread whose core another program wants may come milliseconds late to every barrier, and then two
+// are slower than one. So a job that mostly slept is followed by some on the caller's thread alone, and
+// by more each time that two were tried again in vain.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -22,7 +26,11 @@ class Pool {
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return threads_; }
-    // Run job(context, t) on every thread t; the caller is thread 0.
+    // Threads of the job under way: all, or the caller's alone.
+    int active() const { return active_; }
+    // How many threads the next job has; called before `run` by who divides the work.
+    int choose();
+    // Run job(context, t) on every thread t < active(); the caller is thread 0.
     void run(void (*job)(void*, int), void* context, bool bind = false);
     // All threads have come this far, and see what the others wrote.
     void barrier(int thread);
@@ -30,10 +38,13 @@ class Pool {
   private:
     struct alignas(64) Word {
         std::atomic<uint32_t> value{0};
+        std::atomic<int64_t> slept{0};  // nanoseconds in this job, by the thread whose word it is
     };
 
-    static void wait_for(Word& word, uint32_t value, int spins);
+    // Returns nanoseconds slept.
+    static int64_t wait_for(Word& word, uint32_t value, int spins);
     void work(int thread);
+    void judge(int64_t took);
 
     const int threads_;
     const std::vector<int> cpus_;
@@ -42,6 +53,8 @@ class Pool {
     void (*job_)(void*, int) = nullptr;  // null ends the workers
     void* context_ = nullptr;
     bool bind_ = false;
+    int active_;
+    int alone_ = 0, patience_ = 0;  // jobs to come on one thread, and how many it was the last time
     std::vector<std::thread> workers_;
 };
 

@@ -29,7 +29,7 @@ class Pass {
   public:
     Pass(Model& model, Workspace& space, const StepInput& input, int first, int rows)
         : m(model), w(space), in(input), s(model.shape), k(model.kernels), first_(first),
-          rows_(rows), threads_(model.pool.threads()), group_(s.heads / s.kv_heads),
+          rows_(rows), threads_(model.pool.choose()), group_(s.heads / s.kv_heads),
           q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
           dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
         const int together = std::max(1, BLOCK_QUERIES / group_);

@@ -1,5 +1,7 @@
-// What the tests call that a step does not: one matrix by itself.
+// What the tests call that a step does not: one matrix, and the threads, by themselves.
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "step.h"
@@ -34,4 +36,19 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
     kernels->linear(matrix, 0, matrix.groups, to, rows, out, (int64_t)matrix.groups * LANES, false,
                     scratch);
     return 0;
+}
+
+// Jobs whose second thread comes late[i] milliseconds late; active[i] = threads that job i had.
+extern "C" __attribute__((visibility("default"))) void kvist_test_pool(
+    int32_t jobs, const int32_t* late, int32_t* active) {
+    Pool pool(2, {});
+    for (int i = 0; i < jobs; i++) {
+        active[i] = pool.choose();
+        pool.run(
+            [](void* milliseconds, int thread) {
+                const auto time = std::chrono::milliseconds(*(const int32_t*)milliseconds);
+                if (thread == 1) std::this_thread::sleep_for(time);
+            },
+            (void*)&late[i]);
+    }
 }
