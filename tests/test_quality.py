@@ -122,3 +122,19 @@ def test_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["quality", model, "--text", str(missing)])
     assert result.exit_code != 0
     assert "nothing.txt" in str(result.exception or result.output)
+
+
+def test_rounded_weights_are_held_against_the_models_own(
+    model: kvist.Model, text: Path, tmp_path: Path
+) -> None:
+    arguments = ["quality", model.name, "--text", str(text), "--window", "48", "--windows", "2"]
+    both = ["--weights", "fp8", "--weights", "fp8-dynamic"]
+    shown = CliRunner().invoke(app, [*arguments, *both])
+    assert shown.exit_code == 0, shown.output
+    assert "fp8-dynamic" in shown.output
+    found = json.loads(CliRunner().invoke(app, [*arguments, *both, "--json"]).output)
+    assert [one["codec"] for one in found["codecs"]] == ["plain"]
+    fp8, dynamic = found["weights"]
+    assert (fp8["weights"], dynamic["weights"]) == ("fp8", "fp8-dynamic")
+    assert 0 < fp8["kl"] < dynamic["kl"]
+    assert fp8["tokens"] == 2 * 47

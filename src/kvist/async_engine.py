@@ -65,6 +65,7 @@ class AsyncLLM:
         dtype: as in `kvist.load`.
         device: as in `kvist.load`.
         executor: as in `kvist.load`.
+        weights: as in `kvist.load`.
         options: the fields of `EngineConfig`.
     """
 
@@ -75,12 +76,13 @@ class AsyncLLM:
         dtype: str = "auto",
         device: str = "auto",
         executor: str = "auto",
+        weights: str = "auto",
         **options: Any,
     ) -> None:
         """Load the model if need be, allocate the cache, start the engine's thread."""
         config = EngineConfig(**options)  # first: a wrong option costs no loading
         if not isinstance(model, Model):
-            model = load(model, dtype, device, executor=executor)
+            model = load(model, dtype, device, executor=executor, weights=weights)
         self.model = model
         self.grammars = Grammars(
             model.tokenizer, model.config.vocab_size, model.eos_token_ids, model.device

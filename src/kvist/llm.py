@@ -30,6 +30,7 @@ class LLM:
         dtype: as in `kvist.load`.
         device: as in `kvist.load`.
         executor: as in `kvist.load`.
+        weights: as in `kvist.load`.
         options: the fields of `EngineConfig` (codec, block_size, max_batch_tokens, cache_memory,
             prefix_cache, …).
     """
@@ -41,12 +42,13 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         executor: str = "auto",
+        weights: str = "auto",
         **options: Any,
     ) -> None:
         """Load the model if need be, and allocate the cache."""
         config = EngineConfig(**options)  # first: a wrong option costs no loading
         if not isinstance(model, Model):
-            model = load(model, dtype, device, executor=executor)
+            model = load(model, dtype, device, executor=executor, weights=weights)
         self.model = model
         self.engine = Engine(self.model, config)
         self._desk = Desk(self.engine)

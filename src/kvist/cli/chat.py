@@ -23,6 +23,7 @@ from kvist.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    WeightsOption,
     WindowOption,
     executor_name,
 )
@@ -91,6 +92,7 @@ def command(
     attention: Annotated[str, typer.Option(help="auto, sdpa, reference …")] = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
     exact: ExactOption = False,
     deterministic: DeterministicOption = False,
     dummy: DummyOption = False,
@@ -129,7 +131,7 @@ def command(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with _loading(model) if interactive else nullcontext():
         executor = executor_name(exact=exact, deterministic=deterministic)
-        loaded = load(model, dtype, device, executor=executor, dummy=dummy)
+        loaded = load(model, dtype, device, executor=executor, weights=weights, dummy=dummy)
     conversation = Conversation(
         loaded,
         codec,

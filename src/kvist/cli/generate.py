@@ -16,6 +16,7 @@ from kvist.cli.options import (
     JsonOption,
     ModelArgument,
     SinksOption,
+    WeightsOption,
     WindowOption,
     executor_name,
 )
@@ -134,6 +135,7 @@ def command(
     ] = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
     exact: ExactOption = False,
     deterministic: DeterministicOption = False,
     dummy: DummyOption = False,
@@ -160,7 +162,7 @@ def command(
     from kvist.prepare import prepare
 
     executor = executor_name(exact=exact, deterministic=deterministic)
-    loaded = load(model, dtype, device, executor=executor, dummy=dummy)
+    loaded = load(model, dtype, device, executor=executor, weights=weights, dummy=dummy)
     params = SamplingParams(
         temperature=0.0 if greedy else temperature,
         top_k=top_k,

@@ -17,6 +17,13 @@ DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16; auto: float32 on a CPU.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto: the first GPU.")]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="auto: as the checkpoint has them; fp8: rounded to 8 bits while they are read; "
+        "fp8-dynamic: activations too, where many tokens are computed at once."
+    ),
+]
 ExactOption = Annotated[
     bool,
     typer.Option(

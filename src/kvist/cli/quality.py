@@ -22,7 +22,15 @@ def command(
     ],
     codec: Annotated[
         list[str] | None,
-        typer.Option(help="A codec; may be repeated.", show_default="all"),
+        typer.Option(help="A codec; may be repeated.", show_default="all, or none with --weights"),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Weights in fewer bits (fp8, fp8-dynamic), held against the model's own; may be "
+            "repeated.",
+            show_default=False,
+        ),
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
     windows: Annotated[
@@ -54,7 +62,8 @@ def command(
     """Measure what each codec costs: perplexity with its error, KL, agreement, bits.
 
     Every window is run with the plain cache and with each codec, and the two are compared place by
-    place. Use at least 16,000 tokens to judge a codec.
+    place; likewise the model's own weights and those of --weights. Use at least 16,000 tokens to
+    judge either.
     """
     from dataclasses import replace
 
@@ -64,9 +73,20 @@ def command(
     from kvist.cache import CODECS
     from kvist.loading.model import load
     from kvist.reports.needle import find_needles
-    from kvist.reports.quality import Quality, advise, measure, sensitivity, windows_of
+    from kvist.reports.quality import (
+        Quality,
+        advise,
+        measure,
+        measure_weights,
+        sensitivity,
+        windows_of,
+    )
 
     loaded = load(model, dtype, device, executor="reference", dummy=dummy)
+    others = [
+        load(model, dtype, device, executor="reference", weights=name, dummy=dummy)
+        for name in dict.fromkeys(weights or ())
+    ]
     tokenizer = loaded.require_tokenizer()
     ids: list[int] = []
     for path in text:
@@ -76,7 +96,7 @@ def command(
             raise RequestError(f"cannot read {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise RequestError(f"{path} is not UTF-8 text") from error
-    names = list(dict.fromkeys(["plain", *(codec or CODECS)]))
+    names = list(dict.fromkeys(["plain", *(codec or (() if weights else CODECS))]))
     parts = windows_of(ids, min(window, loaded.max_length), windows)
     with Progress(console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("measuring", total=None)
@@ -89,6 +109,7 @@ def command(
             window=len(parts[0]),
             windows=len(parts),
             codecs=tuple(measure(loaded, parts, names, show)),
+            weights=tuple(measure_weights(loaded, others, parts, show)) if others else (),
         )
         if layers is not None:
             costs = sensitivity(loaded, parts[: max(1, min(4, len(parts)))], layers, show)
@@ -133,13 +154,16 @@ def _print(found: "Quality") -> None:
             "" if codec.codec == "plain" else f"{codec.top1:.1%}",
         )
     console.print(table)
+    if found.weights:
+        console.print()
+        console.print(_weights_table(found))
     tokens = found.codecs[0].tokens
     console.print(
         f"[dim]{tokens:,} tokens in {found.windows} windows of {found.window}; "
         "± is one standard error over windows[/]"
     )
     if tokens < 16000:
-        console.print("[dim]fewer than 16,000 tokens: too few to judge a codec[/]")
+        console.print("[dim]fewer than 16,000 tokens: too few to judge by[/]")
     if found.layers:
         worst = sorted(found.layers, key=lambda one: -one.kl)[:8]
         costs = ", ".join(f"{one.layer} ({one.kl:.5f})" for one in worst)
@@ -149,6 +173,27 @@ def _print(found: "Quality") -> None:
         console.print("[dim]in brackets: by depth, from the text's beginning to its end[/]")
     for sentence in found.advice:
         console.print(sentence)
+
+
+def _weights_table(found: "Quality") -> "Table":
+    """Weights in fewer bits, each against the model's own."""
+    from rich.table import Table
+
+    from kvist.reports.sizes import bytes_text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("weights", "size", "perplexity", "change", "KL", "top-1"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for one in found.weights:
+        table.add_row(
+            one.weights,
+            bytes_text(one.nbytes),
+            f"{one.perplexity:.3f}",
+            f"{one.perplexity_change:+.2%} ± {one.standard_error:.2%}",
+            f"{one.kl:.5f}",
+            f"{one.top1:.1%}",
+        )
+    return table
 
 
 def _needle_table(found: "Quality") -> "Table":

@@ -12,6 +12,7 @@ from kvist.cli.options import (
     DummyOption,
     JsonOption,
     ModelArgument,
+    WeightsOption,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def command(
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
     dummy: DummyOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -46,7 +48,7 @@ def command(
     from kvist.reports.roofline import measure
     from kvist.reports.roofline import plot as draw
 
-    loaded = load(model, dtype, device, dummy=dummy)
+    loaded = load(model, dtype, device, weights=weights, dummy=dummy)
     found = measure(loaded, codec=codec, prompt=prompt, new_tokens=tokens, batches=batch or (1, 8))
     if plot is not None:
         draw([found], plot)

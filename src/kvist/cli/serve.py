@@ -37,7 +37,14 @@ def command(model: str, config: Path | None = None, **flags: Any) -> None:
     KeyRing.from_settings(settings)  # what is wrong with keys is said before the model is read
     configure(settings)
     executor = executor_name(exact=settings.exact, deterministic=settings.deterministic)
-    loaded = load(model, settings.dtype, settings.device, executor=executor, dummy=settings.dummy)
+    loaded = load(
+        model,
+        settings.dtype,
+        settings.device,
+        executor=executor,
+        weights=settings.weights,
+        dummy=settings.dummy,
+    )
     engine = AsyncLLM(loaded, **engine_options(settings))
     sys.exit(serve(create_app(engine, settings), settings))
 

@@ -11,6 +11,7 @@ from kvist.cli.options import (
     ExactOption,
     JsonOption,
     ModelArgument,
+    WeightsOption,
     executor_name,
 )
 
@@ -35,6 +36,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the prompts and their neighbours.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 has the least noise.")] = "float32",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
     exact: ExactOption = False,
     deterministic: DeterministicOption = False,
     dummy: DummyOption = False,
@@ -50,7 +52,7 @@ def command(
     from kvist.reports.verify import cost, verify
 
     executor = executor_name(exact=exact, deterministic=deterministic)
-    loaded = load(model, dtype, device, executor=executor, dummy=dummy)
+    loaded = load(model, dtype, device, executor=executor, weights=weights, dummy=dummy)
     checks = verify(loaded, new_tokens=tokens, seed=seed, codecs=[] if lossless else codec)
     if json:
         from json import dumps

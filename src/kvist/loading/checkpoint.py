@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvist.errors import CheckpointError, NotSupported
+from kvist.models.fp8 import Fp8Linear
 
 __all__ = ["Checkpoint", "check_fit", "load_into", "open_checkpoint", "random_weights"]
 
@@ -118,7 +119,11 @@ class _Slot:
             value = nn.Parameter(value, requires_grad=False)
         for name in self.names:
             owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, value)
+            place = module.get_submodule(owner)
+            if isinstance(place, Fp8Linear) and attribute == "weight":
+                place.take(value)
+            else:
+                setattr(place, attribute, value)
 
 
 def _slots(module: nn.Module) -> list[_Slot]:

@@ -17,6 +17,7 @@ from kvist.core.spec import LayerSpec
 from kvist.errors import ConfigError, NotSupported, RequestError
 from kvist.models.config import DecoderConfig, token_ids
 from kvist.models.decoder import Decoder
+from kvist.models.fp8 import WEIGHTS, use_fp8
 from kvist.models.registry import family_of
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Model:
         processor: turns prompts with pictures into tokens and spans.
         images: encoded pictures by their content, bounded in bytes.
         executor: what computes its steps, a name in `kvist.runner.executors.EXECUTORS`.
+        weights: how the projections are kept, a name in `kvist.models.fp8.WEIGHTS`.
         native: its step in native code; the weights are packed there as they were quantised.
         unread: the file that the decoder's own weights are still in, if they are not read yet.
     """
@@ -68,6 +70,7 @@ class Model:
     processor: "ImageProcessor | None" = None
     images: "EncodedImages | None" = None
     executor: str = "auto"
+    weights: str = "auto"
     native: "NativeStep | None" = None
     unread: "Checkpoint | None" = field(default=None, repr=False)
 
@@ -112,6 +115,8 @@ class Model:
         prefix of the one serves the other.
         """
         digest = hashlib.sha256(f"{self.config} {self.dtype}".encode())
+        if self.weights != "auto":
+            digest.update(self.weights.encode())
         if self.native is not None:
             # Rounded activations compute other keys than the same weights in float32 do.
             digest.update(self.native.fingerprint.encode())
@@ -213,6 +218,7 @@ def load(
     device: str | torch.device = "auto",
     *,
     executor: str = "auto",
+    weights: str = "auto",
     dummy: bool = False,
     seed: int = 0,
 ) -> Model:
@@ -229,6 +235,9 @@ def load(
             "reference" is the model's own forward with those weights dequantised, to the bit what
             the file says; "native" is native code for weights in floats too, or an error that
             says why not; further names in `kvist.runner.executors.EXECUTORS`.
+        weights: "auto" keeps the projections' weights in `dtype` (or as a GGUF has them); "fp8"
+            rounds them to 8 bits while they are read, with a scale for each output channel;
+            "fp8-dynamic" rounds activations, too, where many tokens are computed at once.
         dummy: random weights from the configuration alone; nothing but config.json is read.
         seed: of the random weights.
 
@@ -245,13 +254,17 @@ def load(
     where = pick_device(device)
     checkpoint = open_checkpoint(resolve(str(path_or_name), weights=not dummy), weights=not dummy)
     kind = pick_dtype(dtype, checkpoint.config, where)
+    _check_weights(weights, executor, checkpoint)
     if is_nanovlm(checkpoint.config):
-        return _load_vision(str(path_or_name), checkpoint, kind, where, dummy=dummy, seed=seed)
+        return _load_vision(
+            str(path_or_name), checkpoint, kind, where, weights=weights, dummy=dummy, seed=seed
+        )
     family = family_of(checkpoint.config)
     with torch.device("meta"):
         lm = family.build(family.read(checkpoint.config))
+        use_fp8(lm, weights)
     lm.eval().requires_grad_(False)
-    native = None if dummy else _native(executor, lm, checkpoint, kind, where)
+    native = None if dummy or weights != "auto" else _native(executor, lm, checkpoint, kind, where)
     if dummy:
         random_weights(lm, dtype=kind, device=where, seed=seed)
     elif native is None:
@@ -264,9 +277,25 @@ def load(
         device=where,
         generation_config=checkpoint.generation_config,
         executor=executor,
+        weights=weights,
         native=native,
         unread=None if native is None else checkpoint,
     )
+
+
+def _check_weights(weights: str, executor: str, checkpoint: "Checkpoint") -> None:
+    """Refuse weights that this checkpoint or executor cannot have."""
+    if weights not in WEIGHTS:
+        raise ConfigError(f"no weights {weights!r}; there are: {', '.join(WEIGHTS)}")
+    if weights == "auto":
+        return
+    if executor == "native":
+        raise NotSupported(f"native code knows no weights={weights!r}; take executor='auto'")
+    if checkpoint.gguf_metadata is not None:
+        raise NotSupported(
+            f"{checkpoint.path}: weights={weights!r} quantises safetensors, and a GGUF's weights "
+            "come as they are; load it with weights='auto', or the model's safetensors"
+        )
 
 
 def _fill(lm: Decoder, checkpoint: "Checkpoint", dtype: torch.dtype, device: torch.device) -> None:
@@ -319,6 +348,7 @@ def _load_vision(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    weights: str,
     dummy: bool,
     seed: int,
 ) -> Model:
@@ -326,7 +356,9 @@ def _load_vision(
     from kvist.loading.nanovlm import load_nanovlm
     from kvist.runner.encoder_cache import EncodedImages
 
-    loaded = load_nanovlm(checkpoint, dtype=dtype, device=device, dummy=dummy, seed=seed)
+    loaded = load_nanovlm(
+        checkpoint, dtype=dtype, device=device, weights=weights, dummy=dummy, seed=seed
+    )
     return Model(
         name=name,
         decoder=loaded.model.language,
@@ -334,6 +366,7 @@ def _load_vision(
         dtype=dtype,
         device=device,
         generation_config=checkpoint.generation_config,
+        weights=weights,
         vision=loaded.model,
         processor=loaded.processor,
         images=EncodedImages(loaded.model.encode_images),

@@ -19,6 +19,7 @@ from kvist.loading.hub import is_hub_id, resolve
 from kvist.loading.image_prompt import ImageProcessor
 from kvist.loading.images import DEFAULT_LIMITS, ImageLimits, Tiling
 from kvist.models.config import DecoderConfig
+from kvist.models.fp8 import use_fp8
 from kvist.models.nanovlm import VisionLanguageModel, VLMConfig, read_vlm
 from kvist.models.registry import family_of
 from kvist.models.rope import rope_frequencies
@@ -61,6 +62,7 @@ def load_nanovlm(
     *,
     dtype: torch.dtype,
     device: str | torch.device,
+    weights: str = "auto",
     dummy: bool = False,
     seed: int = 0,
     limits: ImageLimits = DEFAULT_LIMITS,
@@ -76,6 +78,7 @@ def load_nanovlm(
         checkpoint: opened; without weights if `dummy`.
         dtype: of all weights.
         device: where to put them.
+        weights: how the language model's projections are kept, as in `kvist.load`.
         dummy: random weights.
         seed: of the random weights.
         limits: what a picture may cost.
@@ -94,6 +97,7 @@ def load_nanovlm(
     processor = make_processor(config, tokenizer, limits)
     with torch.device("meta"):
         model = VisionLanguageModel(config)
+        use_fp8(model.language, weights)
     if dummy:
         random_weights(model, dtype=dtype, device=device, seed=seed)
     else:

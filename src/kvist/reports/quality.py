@@ -1,9 +1,10 @@
-"""`kvist quality`: what a lossy codec costs, measured on text, never claimed.
+"""`kvist quality`: what a lossy codec, or weights in fewer bits, cost on text; never claimed.
 
 Each window of text is run once with the plain cache and once with each codec, and the two are
 compared token by token: they differ in nothing but the codec, so the differences are paired and
-their standard error is small. What attention sees is always `decode(encode(x))`, so one forward
-over a window measures what generation with that cache would meet.
+their standard error is small. So are a model's own weights and the same in fp8. What attention sees
+is always `decode(encode(x))`, so one forward over a window measures what generation with that cache
+would meet.
 """
 
 import math
@@ -56,6 +57,31 @@ class CodecQuality:
 
 
 @dataclass(frozen=True)
+class WeightsQuality:
+    """Weights kept in fewer bits against the model's own, both with the plain cache.
+
+    Args:
+        weights: a name in `kvist.models.fp8.WEIGHTS`.
+        tokens: tokens that were predicted.
+        perplexity: on the text.
+        perplexity_change: relative to the model's own weights, 0.01 = 1 % worse.
+        standard_error: of that change, over windows.
+        kl: mean Kullback-Leibler divergence, nats, of its distribution from the model's own.
+        top1: share of places where both find the same token likeliest.
+        nbytes: of all weights and scales.
+    """
+
+    weights: str
+    tokens: int
+    perplexity: float
+    perplexity_change: float
+    standard_error: float
+    kl: float
+    top1: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """What a codec costs if one layer alone is written with it."""
 
@@ -71,6 +97,7 @@ class Quality:
     window: int
     windows: int
     codecs: tuple[CodecQuality, ...]
+    weights: tuple[WeightsQuality, ...] = ()
     layers: tuple[Sensitivity, ...] = ()
     needles: tuple[NeedleScore, ...] = ()
     advice: tuple[str, ...] = ()
@@ -124,6 +151,44 @@ def measure(
             done += 1
             progress(done, total)
     return [sums[name].result(name, codec, model) for name, codec in made.items()]
+
+
+@torch.inference_mode()
+def measure_weights(
+    model: Model,
+    others: Sequence[Model],
+    windows: Sequence[Window],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[WeightsQuality]:
+    """The same model with other weights, on each window, paired with the model's own.
+
+    Args:
+        model: with its own weights, in the type that is compared with.
+        others: loaded from the same checkpoint with other `weights`.
+        windows: as in `measure`.
+        progress: told how many of how many forwards are done.
+    """
+    sums = [_Sums() for _ in others]
+    total, done = len(windows) * (1 + len(others)), 0
+    for window in windows:
+        own = _hidden(model, window, model.codec("plain"))
+        done += 1
+        progress(done, total)
+        for other, found in zip(others, sums, strict=True):
+            hidden = _hidden(other, window, other.codec("plain"))
+            found.add(_compare(model, own, hidden, window))  # embedding and head are the same
+            done += 1
+            progress(done, total)
+    return [
+        WeightsQuality(other.weights, **found.loss(), nbytes=weight_bytes(other))
+        for other, found in zip(others, sums, strict=True)
+    ]
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of a model's weights, with the scales of those that have them."""
+    kept = (*model.lm.parameters(), *model.lm.buffers())
+    return sum(tensor.nbytes for tensor in kept)
 
 
 @torch.inference_mode()
@@ -226,23 +291,29 @@ class _Sums:
     def add(self, compared: _Compared) -> None:
         self._windows.append(compared)
 
-    def result(self, name: str, codec: Codec, model: Model) -> CodecQuality:
+    def loss(self) -> dict[str, Any]:
+        """What was lost, as the fields that both kinds of quality have."""
         found = self._windows
         tokens = sum(w.tokens for w in found)
         changes = [(w.nll - w.plain_nll) / w.tokens for w in found]
         mean = sum(changes) / len(changes)
         spread = sum((c - mean) ** 2 for c in changes) / max(1, len(changes) - 1)
         error = math.sqrt(spread / len(changes))
+        return {
+            "tokens": tokens,
+            "perplexity": math.exp(sum(w.nll for w in found) / tokens),
+            "perplexity_change": math.expm1(mean),
+            "standard_error": math.exp(mean) * error,
+            "kl": sum(w.kl for w in found) / tokens,
+            "top1": sum(w.agree for w in found) / tokens,
+        }
+
+    def result(self, name: str, codec: Codec, model: Model) -> CodecQuality:
         per_token = sum(bytes_per_token(group, codec) for group in group_layers(model.specs))
         values = sum(2 * spec.num_kv_heads * spec.head_dim for spec in attention_specs(model))
         return CodecQuality(
             codec=name,
-            tokens=tokens,
-            perplexity=math.exp(sum(w.nll for w in found) / tokens),
-            perplexity_change=math.expm1(mean),
-            standard_error=math.exp(mean) * error,
-            kl=sum(w.kl for w in found) / tokens,
-            top1=sum(w.agree for w in found) / tokens,
+            **self.loss(),
             bits_per_value=8 * per_token / values,
             bytes_per_token=per_token,
         )

@@ -177,7 +177,9 @@ def count(
     if model.unread is not None:  # native code: as the file has them
         weights = model.unread.path.stat().st_size
     else:
-        weights = (layers + embedding) * model.dtype.itemsize
+        weights = sum(p.nbytes for p in model.decoder.parameters())
+        if not config.tie_word_embeddings:
+            weights -= embedding * model.dtype.itemsize
     per_token = sum(bytes_per_token(g, model.codec(codec)) for g in group_layers(model.specs))
     # Keys that the queries of a sequence look at: i + 1 + context for the i-th.
     pairs = sum(n * c + n * (n + 1) // 2 for n, c in zip(tokens, contexts, strict=True))

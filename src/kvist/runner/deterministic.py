@@ -89,6 +89,7 @@ def deterministic_copy(lm: Decoder) -> Decoder:
     """
     fixed = copy.deepcopy(lm, {id(p): p for p in (*lm.parameters(), *lm.buffers())})
     rows: dict[tuple[type, tuple[torch.Size, ...]], int] = {}
+    dtype = lm.model.norm.weight.dtype  # of activations; projections may be kept in fewer bits
     for name, module in list(fixed.named_modules()):
         if not isinstance(module, nn.Linear | GatedMLP | RMSNorm):
             continue
@@ -97,16 +98,16 @@ def deterministic_copy(lm: Decoder) -> Decoder:
             continue
         kind = (type(module), tuple(p.shape for p in module.parameters()))
         if kind not in rows:
-            rows[kind] = next(n for n in ROWS if n == 1 or _places_are_alike(module, n))
+            rows[kind] = next(n for n in ROWS if n == 1 or _places_are_alike(module, n, dtype))
         setattr(parent, name.rpartition(".")[2], FixedRows(module, rows[kind]))
     return fixed
 
 
-def _places_are_alike(module: nn.Module, rows: int) -> bool:
+def _places_are_alike(module: nn.Module, rows: int, dtype: torch.dtype) -> bool:
     """Whether a row's result has the same bits at each of so many places, whatever is beside it."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(rows, weight.shape[-1], generator=generator).to(weight.device, dtype)
     alike = module(x[:1].expand(rows, -1).contiguous())
     turned = (module(x.roll(n, 0)).roll(-n, 0) for n in range(rows))
     return bool((alike == alike[:1]).all()) and all(

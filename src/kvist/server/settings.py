@@ -85,6 +85,7 @@ class Settings:
 
     dtype: str = _setting("auto", "float32, bfloat16, float16; auto: float32 on a CPU.", ENGINE)
     device: str = _setting("auto", "cpu, cuda, cuda:1; auto: the first GPU.", ENGINE)
+    weights: str = _setting("auto", "auto, fp8 or fp8-dynamic: projections in 8 bits.", ENGINE)
     dummy: bool = _setting(False, "Random weights from config.json alone.", ENGINE)
     exact: bool = _setting(False, "The model's own forward; no native code.", ENGINE)
     deterministic: bool = _setting(False, "The same bits in any batch; slower.", ENGINE)
