@@ -39,6 +39,11 @@ def can_run(device: torch.device) -> bool:
     return torch.version.cuda is not None and _capability(device.index or 0) >= (8, 0)
 
 
+def can_run_fp8(device: torch.device) -> bool:
+    """Whether kernels can read fp8 (e4m3), where they can run at all."""
+    return device.type == "cpu" or _capability(device.index or 0) >= (8, 9)
+
+
 def can_launch_early(device: torch.device) -> bool:
     """Whether a kernel may start before the one before it has ended (dependent launch)."""
     return device.type == "cuda" and _capability(device.index or 0) >= (9, 0)

@@ -65,4 +65,7 @@ def linear(x: Tensor, w: Weight) -> Tensor:
         return F.linear(x, w)
     if w.rounds_activations:
         x = dequantize(*quantize(x), x.dtype)
-    return F.linear(x, w.dequantize(x.dtype))
+    if x.dtype == torch.float16:  # sums of unscaled products may be too large for it
+        return F.linear(x, w.dequantize(x.dtype))
+    # Every number of fp8 is one of the wider types: only the result needs the scales.
+    return (F.linear(x, w.values.to(x.dtype)) * w.scale).to(x.dtype)

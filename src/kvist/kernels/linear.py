@@ -1,17 +1,24 @@
 """Launches of the products of a few rows, with the tile sizes that stream weights fastest.
 
-For one row `gemv`, for up to `MOST_ROWS` `gemm`; more rows are cuBLAS's business. Imports Triton.
+For one row `gemv`, for up to `most_rows` `gemm`; more rows are cuBLAS's business. Weights may be in
+fp8, and are multiplied by their scales in the epilogue. Imports Triton.
 """
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
+from kvist.kernels import fp8
 from kvist.kernels.elementwise import dependent_launch
+from kvist.kernels.fp8 import Fp8Weight, Weight
+from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel
 from kvist.kernels.linear_kernels import ADD, SILU, STORE, gemm_kernel, gemv_kernel
 
 MOST_ROWS = 64
+MOST_ROWS_FP8 = 512  # behind which it costs less to widen the weights first
 
 
 @dataclass(frozen=True)
@@ -25,18 +32,52 @@ class GemvTuning:
 
 @dataclass(frozen=True)
 class GemmTuning:
-    """A program's tile, how many programs share the K dimension, warps and pipeline stages."""
+    """A program's tile, how many programs share the K dimension, warps and pipeline stages.
+
+    `block_m` is for weights in fp8; elsewhere a program takes all rows of x.
+    """
 
     block_n: int = 32
     block_k: int = 128
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    block_m: int = 128
+
+
+def most_rows(w: Weight, dtype: torch.dtype) -> int:
+    """Up to how many rows of this type `gemm` is the best product with such weights."""
+    whole = isinstance(w, Tensor) or w.rounds_activations or dtype == torch.float32
+    return MOST_ROWS if whole else MOST_ROWS_FP8
+
+
+def many_rows(x: Tensor, w: Weight) -> Tensor:
+    """`[M, K]` times the weights `[N, K]`, as `[M, N]` in x's type: for more rows than `gemm`'s."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w)
+    if not w.rounds_activations or x.device.type != "cuda" or x.dtype != torch.bfloat16:
+        return fp8.linear(x, w)
+    values, scale = quantize(x)
+    return torch._scaled_mm(
+        values, w.values.t(), scale_a=scale[:, None], scale_b=w.scale[None], out_dtype=x.dtype
+    )
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`fp8.quantize` in one launch; x is contiguous."""
+    rows, k = x.shape
+    values = torch.empty(rows, k, dtype=fp8.FP8, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(k)
+    quantize_kernel[(rows,)](
+        x, values, scale, k, BLOCK_K=block, num_warps=min(16, max(1, block // 512))
+    )
+    return values, scale
 
 
 def gemv(
     x: Tensor,
-    w: Tensor,
+    w: Weight,
     out: Tensor,
     *,
     norm: Tensor | None = None,
@@ -60,10 +101,12 @@ def gemv(
     tuning = tuning or GemvTuning()
     kinds = {"store": STORE, "add": ADD, "silu": SILU}
     n, k = out.shape[-1], x.shape[-1]
+    values, scale = (w.values, w.scale) if isinstance(w, Fp8Weight) else (w, x)
     gemv_kernel[(triton.cdiv(n, tuning.rows),)](
         x,
         x if norm is None else norm,
-        w,
+        values,
+        scale,
         out,
         eps,
         N=n,
@@ -71,6 +114,7 @@ def gemv(
         ROWS=tuning.rows,
         BLOCK_K=min(tuning.block_k, triton.next_power_of_2(k)),
         NORM=norm is not None,
+        SCALED=isinstance(w, Fp8Weight),
         EPILOGUE=kinds[epilogue],
         DEPENDENT=dependent,
         num_warps=tuning.warps,
@@ -80,14 +124,14 @@ def gemv(
 
 def gemm(
     x: Tensor,
-    w: Tensor,
+    w: Weight,
     out: Tensor,
     *,
     silu: bool = False,
     tuning: GemmTuning | None = None,
     dependent: bool = False,
 ) -> None:
-    """Up to `MOST_ROWS` rows of x times the weights.
+    """Up to `most_rows` rows of x times the weights.
 
     Args:
         x: `[M, K]`, contiguous.
@@ -99,6 +143,34 @@ def gemm(
     """
     tuning = tuning or GemmTuning()
     (m, k), n = x.shape, out.shape[-1]
+    block_m = max(16, triton.next_power_of_2(m))
+    tile: dict[str, int] = {
+        "BLOCK_N": tuning.block_n,
+        "BLOCK_K": min(tuning.block_k, max(16, triton.next_power_of_2(k))),
+        "num_warps": tuning.warps,
+        "num_stages": tuning.stages,
+    }
+    if isinstance(w, Fp8Weight):
+        block_m = min(tuning.block_m, block_m)
+        if x.dtype == torch.float32:  # no tensor cores: the compiler writes each product out
+            tile |= {"BLOCK_N": min(tuning.block_n, 32), "BLOCK_K": min(tile["BLOCK_K"], 64)}
+        programs = triton.cdiv(m, block_m), triton.cdiv(n, tile["BLOCK_N"]), tuning.splits
+        gemm_fp8_kernel[programs](
+            x,
+            w.values,
+            w.scale,
+            out,
+            m,
+            N=n,
+            K=k,
+            SPLITS=tuning.splits,
+            BLOCK_M=block_m,
+            EPILOGUE=SILU if silu else STORE,
+            DEPENDENT=dependent,
+            **tile,
+            **dependent_launch(dependent),
+        )
+        return
     gemm_kernel[(triton.cdiv(n, tuning.block_n), tuning.splits)](
         x,
         w,
@@ -107,12 +179,9 @@ def gemm(
         N=n,
         K=k,
         SPLITS=tuning.splits,
-        BLOCK_M=max(16, triton.next_power_of_2(m)),
-        BLOCK_N=tuning.block_n,
-        BLOCK_K=min(tuning.block_k, max(16, triton.next_power_of_2(k))),
+        BLOCK_M=block_m,
         EPILOGUE=SILU if silu else STORE,
         DEPENDENT=dependent,
-        num_warps=tuning.warps,
-        num_stages=tuning.stages,
+        **tile,
         **dependent_launch(dependent),
     )

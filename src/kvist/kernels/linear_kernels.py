@@ -19,6 +19,7 @@ def gemv_kernel(
     x_ptr,
     norm_ptr,
     w_ptr,
+    scale_ptr,
     out_ptr,
     eps,
     N: tl.constexpr,
@@ -26,10 +27,14 @@ def gemv_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
+    SCALED: tl.constexpr,
     EPILOGUE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One row of x, ROWS rows of the weights. With NORM x is RMS-normalised first."""
+    """One row of x, ROWS rows of the weights. With NORM x is RMS-normalised first.
+
+    With SCALED (weights in fp8) a row of the weights is multiplied by its scale.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     EVEN: tl.constexpr = (N % ROWS == 0) and (K % BLOCK_K == 0)
@@ -61,12 +66,17 @@ def gemv_kernel(
         if EPILOGUE == SILU:
             acc_up += up.to(tl.float32) * x[None, :]
     result = tl.sum(acc, 1)
-    scale = 1.0
+    up_result = tl.sum(acc_up, 1)
+    if SCALED:
+        result *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0)
+        if EPILOGUE == SILU:
+            up_result *= tl.load(scale_ptr + N + rows, mask=rows < N, other=0.0)
     if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        result = result * scale
+        factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        result *= factor
+        up_result *= factor
     if EPILOGUE == SILU:
-        result = result / (1.0 + tl.exp(-result)) * (tl.sum(acc_up, 1) * scale)
+        result = result / (1.0 + tl.exp(-result)) * up_result
     if EPILOGUE == ADD:
         result += tl.load(out_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=rows < N)

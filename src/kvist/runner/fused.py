@@ -26,8 +26,10 @@ from kvist.cache.codecs.rotation import rotate
 from kvist.cache.paged_view import GroupView, PagedBinding, PagedKV
 from kvist.cache.protocol import KV
 from kvist.errors import NotSupported
-from kvist.kernels import can_launch_early, can_run
+from kvist.kernels import can_launch_early, can_run, can_run_fp8
+from kvist.kernels.fp8 import Fp8Weight, Weight
 from kvist.models.decoder import Block, Decoder, GatedMLP, RMSNorm
+from kvist.models.fp8 import Fp8Linear
 from kvist.models.rope import rope_frequencies
 from kvist.runner.step import StepFunction, model_step
 
@@ -42,12 +44,12 @@ class LayerWeights:
     """One layer's weights as the kernels want them."""
 
     input_norm: Tensor
-    qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
+    qkv: Weight  # [(heads + 2 kv_heads) * head_dim, hidden]
     head_norms: tuple[Tensor, Tensor] | None  # q's and k's, each [head_dim]
-    o: Tensor
+    o: Weight
     mlp_norm: Tensor
-    gate_up: Tensor  # [2 * intermediate, hidden]
-    down: Tensor
+    gate_up: Weight  # [2 * intermediate, hidden]
+    down: Weight
 
 
 def _layer_weights(block: Block) -> LayerWeights:
@@ -60,15 +62,23 @@ def _layer_weights(block: Block) -> LayerWeights:
         block.input_layernorm.weight.data,
         _joined(attention.q_proj, attention.k_proj, attention.v_proj),
         norms,
-        attention.o_proj.weight.data,
+        _joined(attention.o_proj),
         block.post_attention_layernorm.weight.data,
         _joined(mlp.gate_proj, mlp.up_proj),
-        mlp.down_proj.weight.data,
+        _joined(mlp.down_proj),
     )
 
 
-def _joined(*linears: nn.Linear) -> Tensor:
+def _joined(*linears: nn.Linear) -> Weight:
     """Weights as one matrix, of which each layer's becomes a part: no memory is taken twice."""
+    values = _joined_values(*linears)
+    if not isinstance(linears[0], Fp8Linear):
+        return values
+    scales = [linear.scale for linear in linears if isinstance(linear, Fp8Linear)]
+    return Fp8Weight(values, torch.cat(scales), linears[0].rounds_activations)
+
+
+def _joined_values(*linears: nn.Linear) -> Tensor:
     weights = [linear.weight.data for linear in linears]
     rows, first = sum(len(w) for w in weights), weights[0]
     ends = [w.data_ptr() + w.nbytes for w in weights]
@@ -77,7 +87,9 @@ def _joined(*linears: nn.Linear) -> Tensor:
         end == w.data_ptr() for end, w in zip(ends, weights[1:], strict=False)
     ):
         return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    whole = torch.cat(weights)
+    # As bytes where there are 8 bits, which not every version of torch joins as numbers.
+    bits = [w.view(torch.uint8) if w.element_size() == 1 else w for w in weights]
+    whole = torch.cat(bits).view(first.dtype)
     for linear, part in zip(linears, whole.split([len(w) for w in weights]), strict=True):
         linear.weight.data = part
     return whole
@@ -106,6 +118,8 @@ class FusedStep:
         device = lm.lm_head.weight.device
         if not can_run(device) or config.head_dim % 2:
             raise NotSupported(f"fused kernels do not run on {device}; use the model's own step")
+        if isinstance(blocks[0].self_attn.q_proj, Fp8Linear) and not can_run_fp8(device):
+            raise NotSupported(f"{device} has no fp8 (it came with 8.9); use the model's own step")
         self.lm, self.config = lm, config
         # Of one row, of a few rows.
         self.dependent = (
@@ -171,19 +185,19 @@ class FusedStep:
     ) -> Tensor:
         """Matrix products; what each adds to the residual stream is added by the next norm."""
         from kvist.kernels.elementwise import rms_norm, silu_mul
-        from kvist.kernels.linear import MOST_ROWS, gemm
+        from kvist.kernels.linear import gemm, many_rows, most_rows
         from kvist.runner.tuning import gemm_tuning
 
         config, eps = self.config, self.config.rms_norm_eps
-        few = embeddings.shape[0] <= MOST_ROWS
+        few = embeddings.shape[0] <= most_rows(self.layers[0].qkv, embeddings.dtype)
         dependent = self.dependent[1] and few
         dtype, device = embeddings.dtype, embeddings.device
 
-        def product(y: Tensor, w: Tensor, *, residual: bool = False) -> Tensor:
+        def product(y: Tensor, w: Weight, *, residual: bool = False) -> Tensor:
             """`[rows, N]`; of a residual's few rows `[parts, rows, N]` float32."""
             if not few:
-                return F.linear(y, w)
-            tuning = gemm_tuning(*w.shape, residual=residual)
+                return many_rows(y, w)
+            tuning = gemm_tuning(w, len(y), residual=residual)
             shape = (y.shape[0], w.shape[0])
             out = (
                 torch.empty(tuning.splits, *shape, dtype=torch.float32, device=device)
@@ -203,10 +217,10 @@ class FusedStep:
             rms_norm(x, layer.mlp_norm, eps, y, delta, dependent=dependent)
             if few:
                 act = torch.empty(y.shape[0], config.intermediate_size, dtype=dtype, device=device)
-                tuning = gemm_tuning(*layer.gate_up.shape, residual=False)
+                tuning = gemm_tuning(layer.gate_up, len(y), residual=False)
                 gemm(y, layer.gate_up, act, silu=True, tuning=tuning, dependent=dependent)
             else:
-                act = silu_mul(F.linear(y, layer.gate_up))
+                act = silu_mul(many_rows(y, layer.gate_up))
             delta = product(act, layer.down, residual=True)
         assert delta is not None
         rows = batch.logit_rows
