@@ -328,3 +328,10 @@ def test_logits_that_rule_tokens_out_are_fine_but_not_all_of_them() -> None:
     check_finite(logits, ["prompt 0"].__getitem__, 0)
     with pytest.raises(NumericalError):
         check_finite(torch.full((1, VOCAB), -torch.inf), ["prompt 0"].__getitem__, 0)
+
+
+def test_a_rank_counts_the_likelier_tokens() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 1.0, 2.0, 0.0]])
+    ranks = [one.rank for one in logprobs_of(logits, [2, 0], [0, 0])]
+    assert ranks == [3, 1]
+    assert [one.rank for one in logprobs_of(logits[:1], [3], [None])] == [1]

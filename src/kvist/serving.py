@@ -120,7 +120,7 @@ class Desk:
                 for sample in job.samples:
                     ids = sample.sequence.prompt_ids[event.start :]
                     sample.prompt_logprobs += [
-                        TokenLogprob(token, one.logprob, one.top)
+                        TokenLogprob(token, *one)
                         for token, one in zip(ids, event.logprobs, strict=False)
                     ]
                 continue
@@ -143,5 +143,5 @@ class Desk:
         logprobs: Sequence[TokenLogprobs | None] = event.logprobs or [None] * len(event.tokens)
         for token, one in zip(event.tokens, logprobs, strict=True):
             if not sample.finish_reason:
-                found = None if one is None else TokenLogprob(token, one.logprob, one.top)
+                found = None if one is None else TokenLogprob(token, *one)
                 sample.push(token, found)

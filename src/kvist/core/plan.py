@@ -146,10 +146,11 @@ class Plan:
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's own log-probability and the likeliest `(token id, log-probability)` pairs."""
+    """As `core.results.TokenLogprob`, for a token that is known."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class RowOutput(NamedTuple):

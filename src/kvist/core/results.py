@@ -12,12 +12,14 @@ from kvist.core.record import RequestRecord
 class TokenLogprob:
     """A token's natural log-probability under the model, before penalties and filters.
 
-    `top` holds the likeliest tokens at that place, likeliest first, as many as were asked for.
+    `top` holds the likeliest tokens at that place, likeliest first, as many as were asked for;
+    `rank` is 1 for the likeliest, and one more for each token that is likelier than this one.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

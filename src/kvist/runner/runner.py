@@ -8,6 +8,7 @@ somebody asks the ticket for its result.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -325,17 +326,25 @@ def _later(
     tops: Sequence[int | None],
 ) -> Callable[[int], tuple[TokenLogprobs, ...]]:
     """Queue the log-probabilities of some rows' tokens; the function returned reads a row's."""
-    reads = {
-        row: logprobs_later(
-            logits[at.start : at.start + len(ids)], ids.to(logits.device), [top] * len(ids)
-        )
-        for row, (at, ids, top) in enumerate(zip(places, tokens, tops, strict=True))
-        if at and ids is not None and top is not None
-    }
+    asked: list[Tensor] = []
+    spans: dict[int, range] = {}  # a row's part of what is read
+    rows: list[int] = []
+    wanted: list[int] = []
+    for row, (at, ids, top) in enumerate(zip(places, tokens, tops, strict=True)):
+        if at and ids is not None and top is not None:
+            spans[row] = range(len(rows), len(rows) + len(ids))
+            rows += range(at.start, at.start + len(ids))
+            wanted += [top] * len(ids)
+            asked.append(ids)
+    if not asked:
+        return lambda row: ()
+    chosen = torch.cat([ids.to(logits.device) for ids in asked])
+    read_all = cache(logprobs_later(logits, chosen, wanted, int_tensor(rows, logits.device)))
 
     def read(row: int) -> tuple[TokenLogprobs, ...]:
-        if row not in reads:
-            return ()
-        return tuple(TokenLogprobs(one.logprob, one.top) for one in reads[row]())
+        found = read_all() if row in spans else []
+        return tuple(
+            TokenLogprobs(found[i].logprob, found[i].top, found[i].rank) for i in spans.get(row, ())
+        )
 
     return read

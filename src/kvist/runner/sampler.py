@@ -274,26 +274,36 @@ def read_later(tensor: Tensor) -> Callable[[], Any]:
 
 
 def logprobs_later(
-    logits: Tensor, tokens: Tensor, tops: Rows[int | None]
+    logits: Tensor, tokens: Tensor, tops: Rows[int | None], rows: Tensor | None = None
 ) -> Callable[[], list[TokenLogprob]]:
     """Log-probabilities of the given tokens, with alternatives, queued; read when asked for.
 
     Args:
-        logits: `[R, vocab]`, the model's own; may be written over at once.
+        logits: `[any, vocab]`, the model's own; may be written over at once.
         tokens: `[R]` int64, on the same device.
-        tops: how many alternatives each row wants; None and 0 are none.
+        tops: how many alternatives each token wants; None and 0 are none.
+        rows: `[R]` int64, the row of logits that each token is from; None: in their order.
     """
-    normalised = torch.log_softmax(logits.float(), dim=-1)
     width = min(max((k or 0 for k in tops), default=0), logits.shape[-1])
-    best = normalised.topk(width, dim=-1)
-    chosen = normalised.gather(1, tokens[:, None])[:, 0]
-    columns = [read_later(t) for t in (tokens, chosen, best.indices, best.values)]
+    if logits.device.type == "cuda" and can_run(logits.device) and logits.is_contiguous():
+        from kvist.kernels.logprobs import logprobs
+
+        at = torch.arange(len(tokens), device=logits.device) if rows is None else rows
+        found = logprobs(logits, at, tokens, width)
+        own, ranks, ids, values = found.own, found.ranks, found.ids, found.values
+    else:
+        picked = logits if rows is None else logits[rows]
+        normalised = torch.log_softmax(picked.float(), dim=-1)
+        own = normalised.gather(1, tokens[:, None])
+        ranks = 1 + (normalised > own).sum(dim=-1)
+        own, (values, ids) = own[:, 0], normalised.topk(width, dim=-1)
+    columns = [read_later(t) for t in (tokens, own, ids, values, ranks)]
 
     def read() -> list[TokenLogprob]:
-        rows = zip(*(column() for column in columns), tops, strict=True)
+        each = zip(*(column() for column in columns), tops, strict=True)
         return [
-            TokenLogprob(token, own, tuple(zip(ids[: k or 0], values[: k or 0], strict=True)))
-            for token, own, ids, values, k in rows
+            TokenLogprob(token, own, tuple(zip(ids[: k or 0], values[: k or 0], strict=True)), rank)
+            for token, own, ids, values, rank, k in each
         ]
 
     return read
