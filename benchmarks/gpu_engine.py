@@ -34,6 +34,7 @@ FLOORS = {
     ("0.6b", "prefill"): 19, ("8b", "prefill"): 169,
     ("0.6b", "batch plain"): 36500, ("0.6b", "batch fp8"): 65000, ("0.6b", "batch int4"): 99000,
     ("8b", "batch plain"): 13000, ("8b", "batch fp8"): 16300,
+    ("0.6b, fp8", "decode"): 5700, ("8b, fp8", "decode"): 525,
 }  # fmt: skip
 _MODELS: dict[str, Any] = {}
 
@@ -44,18 +45,26 @@ def left() -> float:
 
 
 def loaded(name: str) -> Any:
-    """A random model of this shape, made once."""
+    """A random model of this shape, made once; "0.6b, fp8" with such weights."""
     import torch
     from gpu import make_model
 
     from kvist.loading.model import Model
+    from kvist.models.fp8 import Fp8Linear, use_fp8
 
     if name not in _MODELS:
         _MODELS.clear()
         gc.collect()
         torch.cuda.empty_cache()
         torch.manual_seed(0)
-        _MODELS[name] = Model(name, make_model(name), None, torch.bfloat16, torch.device("cuda:0"))
+        shape, _, weights = name.partition(", ")
+        lm = make_model(shape)
+        use_fp8(lm, weights or "auto")
+        for module in lm.modules():
+            if isinstance(module, Fp8Linear):
+                module.take(module.weight.data)
+        device = torch.device("cuda:0")
+        _MODELS[name] = Model(name, lm, None, torch.bfloat16, device, weights=weights or "auto")
     return _MODELS[name]
 
 
@@ -344,6 +353,13 @@ STAGES: dict[str, Callable[[], None]] = {
     "prefill-8b": partial(bench_prefill, "8b"),
     "batch-8b": partial(bench_batch, "8b", "plain"),
     "batch-8b-fp8": partial(bench_batch, "8b", "fp8"),
+    "decode-0.6b-weights": partial(bench_decode, "0.6b, fp8"),
+    "batch-0.6b-weights": partial(bench_batch, "0.6b, fp8", "plain"),
+    "batch-0.6b-dynamic": partial(bench_batch, "0.6b, fp8-dynamic", "plain"),
+    "decode-8b-weights": partial(bench_decode, "8b, fp8"),
+    "batch-8b-weights": partial(bench_batch, "8b, fp8", "plain"),
+    "prefill-8b-dynamic": partial(bench_prefill, "8b, fp8-dynamic"),
+    "batch-8b-dynamic": partial(bench_batch, "8b, fp8-dynamic", "plain"),
     "verify": bench_verify,
     "roofline": partial(bench_roofline, "0.6b", "8b"),
 }

@@ -55,8 +55,10 @@ def in_fp8(model: Decoder, weights: str) -> Decoder:
     return model
 
 
-def paged(model: Decoder, rows: int, device: torch.device) -> PagedCache:
-    codec = make_codec("plain", torch.float32)
+def paged(
+    model: Decoder, rows: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PagedCache:
+    codec = make_codec("plain", dtype)
     cache = PagedCache(model.specs, codec, rows=rows, block_size=4, num_blocks=80, device=device)
     cache.pool.reserve([80] * len(cache.pool.pools), 8, 64, 256)
     cache._stale = True
