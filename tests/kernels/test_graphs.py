@@ -74,7 +74,7 @@ def test_draws_penalties_and_log_probabilities_are_those_of_the_engine(device):
     ours, runner = results(model, params, recorded=True, overlap=True)
     for a, b in zip(ours, expected, strict=True):
         assert a.token_ids == b.token_ids
-    assert {kind for _, _, kind in runner._graphs._recordings} >= {"logits", "filtered"}
+    assert {kind for _, _, kind, _ in runner._graphs._recordings} >= {"logits", "filtered"}
     pairs = zip(ours[2].logprobs, expected[2].logprobs, strict=True)
     assert all(abs(a.logprob - b.logprob) < 1e-3 for a, b in pairs)
 

@@ -44,6 +44,7 @@ def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> 
     Args:
         name: "auto" takes the fastest that can run here; "reference" is the model's own forward,
             "native" the compiled library on a CPU, "fused" kernels and graphs on a GPU,
+            "one-launch" those, with decode steps of one sequence in one launch,
             "deterministic" gives each token the same bits in any batch and chunk.
         model: whose weights.
         pool: the paged pool that all batches will be bound to; None for other caches.
@@ -80,6 +81,24 @@ def _fused(model: Executable, pool: PagedPool | None) -> StepFunction:
     return FusedStep(model.lm)
 
 
+def _one_launch(model: Executable, pool: PagedPool | None) -> StepFunction:
+    from kvist.runner.one_launch import OneLaunchStep
+
+    if pool is None:
+        raise NotSupported("steps in one launch read a paged pool; run this through kvist.LLM")
+    return OneLaunchStep(model.lm, pool, wait=True)
+
+
+def _fastest_fused(model: Executable, pool: PagedPool) -> StepFunction:
+    from kvist.runner.one_launch import OneLaunchStep
+
+    try:
+        return OneLaunchStep(model.lm, pool)
+    except NotSupported as error:
+        logging.getLogger("kvist").debug("%s; decoding by fused kernels", error)
+        return _fused(model, pool)
+
+
 def _deterministic(model: Executable, pool: PagedPool | None) -> StepFunction:
     from kvist.runner.deterministic import deterministic_step
 
@@ -90,6 +109,7 @@ _MAKERS: dict[str, Callable[[Executable, PagedPool | None], StepFunction]] = {
     "reference": _reference,
     "native": _native,
     "fused": _fused,
+    "one-launch": _one_launch,
     "deterministic": _deterministic,
 }
 EXECUTORS = ("auto", *_MAKERS)

@@ -133,6 +133,13 @@ class FusedStep:
         """See `StepFunction`."""
         return self.raw(batch, cache).float()
 
+    def variant(self, rows: int, context: int) -> str:
+        """What computes a decode step of `rows` sequences of up to `context` keys each.
+
+        A recording of one variant does not serve another.
+        """
+        return "fused"
+
     def raw(self, batch: Batch, cache: KVCache) -> Tensor:
         """The logits as the last product leaves them, for who reads any dtype."""
         positions = batch.positions if batch.rope_positions is None else batch.rope_positions

@@ -85,7 +85,7 @@ class DecodeGraphs:
         self.step, self.pool, self.last, self.backend = step, pool, last, backend
         limit = min(pool.max_slots, pool.max_tokens)
         self.buckets = sorted({min(b, limit) for b in buckets})
-        self._recordings: dict[tuple[int, int, Kind], _Recording] = {}
+        self._recordings: dict[tuple[int, int, Kind, str], _Recording] = {}
         self._memory: Any = None  # shared by all recordings
         capacity, on_gpu = self.buckets[-1], pool.device.type == "cuda"
         self._upload = torch.zeros(_ROWS, capacity, dtype=torch.int64, device=pool.device)
@@ -127,10 +127,10 @@ class DecodeGraphs:
         count, longest = len(rows), 1 + max(row.start for row in rows)
         bucket = next(b for b in self.buckets if b >= count)
         context = next((n for n in CONTEXTS if n >= longest), 1 << longest.bit_length())
-        key = bucket, context, kind
+        key = bucket, context, kind, self.step.variant(bucket, context)
         recording = self._recordings.get(key)
         if recording is None:
-            recording = self._recordings[key] = self._record(*key)
+            recording = self._recordings[key] = self._record(bucket, context, kind)
         self._send(rows, bucket)
         recording.replay()
         return recording.out[:count]

@@ -1,0 +1,185 @@
+"""The library of `one_launch.cu`, bound by ctypes: shapes that it fits, its structures, its calls.
+
+Addresses in, an error code out; nothing of torch crosses the border, and nothing here knows a
+model. Called by `kvist.runner.one_launch`.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvist.errors import KvistError, NotSupported
+
+SOURCE = "one_launch.cu"
+INTERFACE = 1  # kvist_one_launch_interface() of the library that these declarations are of
+# Polls of memory, each about a microsecond, until a block that waits gives up: seconds, not hours.
+SPIN_LIMIT = 1 << 22
+
+_pointer = ctypes.c_void_p
+
+
+class Layer(ctypes.Structure):
+    """`kvist::Layer`: one layer's weights and cache planes, by address."""
+
+    _fields_ = tuple(
+        (name, _pointer)
+        for name in (
+            "input_norm",
+            "qkv",
+            "q_norm",
+            "k_norm",
+            "out",
+            "mlp_norm",
+            "gate_up",
+            "down",
+            "keys",
+            "values",
+        )
+    )
+
+
+class Step(ctypes.Structure):
+    """`kvist::Step`: a step's weights, inputs and outputs, by address on the GPU."""
+
+    _fields_ = (
+        *(
+            (name, _pointer)
+            for name in (
+                "layers",
+                "embedding",
+                "norm",
+                "head",
+                "token",
+                "position",
+                "place",
+                "length",
+                "table",
+                "frequencies",
+                "logits",
+                "exchange",
+                "epoch",
+            )
+        ),
+        ("num_layers", ctypes.c_int32),
+        ("vocab", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("spin_limit", ctypes.c_uint32),
+        ("eps", ctypes.c_float),
+        ("rotation_scale", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernel is compiled for, and how its blocks are arranged.
+
+    Args:
+        hidden: channels of the residual stream.
+        heads: query heads.
+        kv_heads: key heads, of `head_dim` channels each.
+        intermediate: of the MLP.
+        qk_norm: whether q and k are normalised per head.
+        clusters: how many clusters of blocks; each has its own heads and MLP columns.
+        cluster: blocks of a cluster, one on each multiprocessor.
+        warps: of a block that compute.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    qk_norm: bool
+    clusters: int = 8
+    cluster: int = 16
+    warps: int = 16
+
+    def refusal(self) -> str | None:
+        """Why the kernel does not fit this shape, in one line; None where it does."""
+        blocks = self.clusters * self.cluster
+        if self.head_dim != 128:
+            return f"head_dim is {self.head_dim}, not 128"
+        if self.clusters % self.kv_heads or self.heads % self.clusters:
+            return f"{self.heads} and {self.kv_heads} heads are not dealt out to {self.clusters}"
+        if self.heads > 4 * self.clusters:
+            return f"{self.heads} query heads are more than 4 for each of {self.clusters} clusters"
+        if self.hidden % (32 * self.cluster) or self.hidden > 32 * self.cluster * self.warps:
+            return f"hidden_size {self.hidden} is not dealt out to {self.cluster} blocks"
+        if self.intermediate % blocks or self.intermediate // self.clusters % 16:
+            return f"intermediate_size {self.intermediate} is not dealt out to {blocks} blocks"
+        return None
+
+    def defines(self) -> dict[str, int]:
+        """The shape as macros."""
+        return {f"KVIST_{name.upper()}": int(value) for name, value in vars(self).items()}
+
+    def exchange_words(self, num_layers: int) -> int:
+        """Words that clusters exchange, for this step and the next; all bits set at first."""
+        return 4 * num_layers * self.clusters * self.hidden
+
+
+class Library:
+    """A compiled library.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        NotSupported: it cannot be loaded, or is of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load it; the GPU is not touched."""
+        try:
+            self._library = ctypes.CDLL(str(path))
+            for function, (result, arguments) in _FUNCTIONS.items():
+                found = getattr(self._library, function)
+                found.restype, found.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise NotSupported(f"{path} cannot be loaded ({error}); remove it") from error
+        ours = INTERFACE, ctypes.sizeof(Step), ctypes.sizeof(Layer)
+        theirs = tuple(
+            getattr(self._library, f"kvist_one_launch_{what}")()
+            for what in ("interface", "step_bytes", "layer_bytes")
+        )
+        if ours != theirs:
+            raise NotSupported(f"{path} has the interface {theirs}, not {ours}; remove it")
+
+    def prepare(self, shape: Shape) -> None:
+        """Make the kernel ready on the current device.
+
+        Raises:
+            NotSupported: the device does not hold all clusters at once, or knows none.
+        """
+        clusters = self._library.kvist_one_launch_prepare()
+        if clusters < 0:
+            raise NotSupported(f"the kernel cannot run here: {self._error(-clusters)}")
+        if clusters < shape.clusters:
+            raise NotSupported(
+                f"this GPU holds {clusters} clusters of {shape.cluster} blocks at once, not "
+                f"{shape.clusters}"
+            )
+
+    def launch(self, step: Step, stream: int) -> None:
+        """Start a step on a stream, by its handle.
+
+        Raises:
+            KvistError: CUDA refused.
+        """
+        error = self._library.kvist_one_launch(ctypes.byref(step), stream)
+        if error:
+            raise KvistError(f"a decode step could not be launched: {self._error(error)}")
+
+    def _error(self, code: int) -> str:
+        text: bytes = self._library.kvist_one_launch_error(code)
+        return text.decode()
+
+
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "kvist_one_launch_interface": (ctypes.c_int32, ()),
+    "kvist_one_launch_step_bytes": (ctypes.c_int32, ()),
+    "kvist_one_launch_layer_bytes": (ctypes.c_int32, ()),
+    "kvist_one_launch_prepare": (ctypes.c_int32, ()),
+    "kvist_one_launch": (ctypes.c_int32, (ctypes.POINTER(Step), _pointer)),
+    "kvist_one_launch_error": (ctypes.c_char_p, (ctypes.c_int32,)),
+}
