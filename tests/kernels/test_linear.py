@@ -54,6 +54,16 @@ def test_gemm(m, n, k, silu, splits, in_fp8, device):
     assert (out.sum(0) - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e5])
+def test_products_of_bfloat16_and_fp8_lose_nothing_to_float16(size, device):
+    x = (torch.randn(5, 64, device=device) * size).bfloat16()
+    w = Fp8Weight(*fp8.quantize(torch.randn(16, 64, device=device)))
+    out = torch.empty(5, 16, device=device)
+    gemm(x, w, out, tuning=GemmTuning(16, 32, block_m=16))
+    expected = x.float() @ w.dequantize(torch.float32).T
+    assert (out - expected).norm() < 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("k", [64, 80])
 def test_activations_are_rounded_in_one_launch_as_the_reference_does(k, device):
     x = torch.randn(5, k, device=device) * torch.logspace(-5, 3, 5, device=device)[:, None]

@@ -3,13 +3,24 @@
 """Products with weights in fp8, and activations rounded to it. Launched by linear.py.
 
 Weights are widened in registers, as the left operand of the tensor cores, which alone may come from
-there; so a tile of the result lies on its side until it is stored.
+there; so a tile of the result lies on its side until it is stored. They are widened to float16, for
+which there is an instruction; bfloat16 takes four. Activations follow, as sixteenths, so that what
+float16 cannot hold is what no model computes.
 """
 
 import triton
 import triton.language as tl
 
 from kvist.kernels.linear_kernels import SILU
+
+
+@triton.jit
+def _sixteenths(x):
+    """Numbers for the tensor cores: float32 stays, all else becomes float16 of a sixteenth."""
+    if x.dtype != tl.float32:
+        x = tl.clamp(x.to(tl.float32) * 0.0625, -65504.0, 65504.0, tl.PropagateNan.ALL)
+        x = x.to(tl.float16)
+    return x
 
 
 @triton.jit
@@ -44,7 +55,8 @@ def gemm_fp8_kernel(
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    kind = x_ptr.dtype.element_ty
+    whole: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    kind: tl.constexpr = tl.float32 if whole else tl.float16
     for k0 in range(0, PER_SPLIT, BLOCK_K):
         if EVEN:
             w = tl.load(w_at + k0)
@@ -53,6 +65,7 @@ def gemm_fp8_kernel(
             in_k = k0 + k < K
             w = tl.load(w_at + k0, mask=in_n & in_k[None, :], other=0.0)
             x = tl.load(x_at + k0, mask=in_m & in_k[:, None], other=0.0)
+        x = _sixteenths(x)
         acc = tl.dot(w.to(kind), x, acc, input_precision="ieee")
         if EPILOGUE == SILU:
             if EVEN:
@@ -60,13 +73,24 @@ def gemm_fp8_kernel(
             else:
                 up = tl.load(w_at + N * K + k0, mask=in_n & in_k[None, :], other=0.0)
             acc_up = tl.dot(up.to(kind), x, acc_up, input_precision="ieee")
-    acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+    factor = 1.0 if whole else 16.0
+    acc *= (tl.load(scale_ptr + n, mask=n < N, other=0.0) * factor)[:, None]
     if EPILOGUE == SILU:
-        acc_up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
+        acc_up *= (tl.load(scale_ptr + N + n, mask=n < N, other=0.0) * factor)[:, None]
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     out = out_ptr + (split * M + m[:, None]).to(tl.int64) * N + n[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
     tl.store(out, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def widen_kernel(values_ptr, scale_ptr, out_ptr, K, BLOCK_K: tl.constexpr):
+    """A part of one row of weights, times its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    values = tl.load(values_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    wide = values * tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * K + k, wide.to(out_ptr.dtype.element_ty), mask=k < K)
 
 
 @triton.jit

@@ -26,7 +26,9 @@ class Fp8Linear(nn.Linear):
 
     def __init__(self, like: nn.Linear, *, rounds_activations: bool = False) -> None:
         """Take the place of a layer; `take` gives it its weights."""
-        super().__init__(like.in_features, like.out_features, bias=like.bias is not None)
+        # Not drawn at random first, which would take minutes of a large model.
+        with_bias = like.bias is not None
+        super().__init__(like.in_features, like.out_features, bias=with_bias, device="meta")
         self.weight, self.bias = like.weight, like.bias
         self.rounds_activations = rounds_activations
         self.register_buffer("scale", like.weight.new_ones(like.out_features), persistent=False)

@@ -64,6 +64,8 @@ def read_format(planes: Mapping[str, Tensor], head_dim: int) -> Format | None:
         return Format(kind, values) if scales is None and zeros is None else None
     if scales is None or scales.dtype != torch.float16:
         return None
+    if kind != FP8 and head_dim < 32:  # tensor cores take 16 channels of each half at least
+        return None
     if kind != INT4:
         return Format(kind, values, scales) if scales.dim() == 3 and zeros is None else None
     # The two halves of the channels must not share a group, unless there is one only.
