@@ -3,24 +3,13 @@
 """Products with weights in fp8, and activations rounded to it. Launched by linear.py.
 
 Weights are widened in registers, as the left operand of the tensor cores, which alone may come from
-there; so a tile of the result lies on its side until it is stored. They are widened to float16, for
-which there is an instruction; bfloat16 takes four. Activations follow, as sixteenths, so that what
-float16 cannot hold is what no model computes.
+there; so a tile of the result lies on its side until it is stored.
 """
 
 import triton
 import triton.language as tl
 
 from kvist.kernels.linear_kernels import SILU
-
-
-@triton.jit
-def _sixteenths(x):
-    """Numbers for the tensor cores: float32 stays, all else becomes float16 of a sixteenth."""
-    if x.dtype != tl.float32:
-        x = tl.clamp(x.to(tl.float32) * 0.0625, -65504.0, 65504.0, tl.PropagateNan.ALL)
-        x = x.to(tl.float16)
-    return x
 
 
 @triton.jit
@@ -55,8 +44,7 @@ def gemm_fp8_kernel(
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    whole: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    kind: tl.constexpr = tl.float32 if whole else tl.float16
+    kind = x_ptr.dtype.element_ty
     for k0 in range(0, PER_SPLIT, BLOCK_K):
         if EVEN:
             w = tl.load(w_at + k0)
@@ -65,7 +53,6 @@ def gemm_fp8_kernel(
             in_k = k0 + k < K
             w = tl.load(w_at + k0, mask=in_n & in_k[None, :], other=0.0)
             x = tl.load(x_at + k0, mask=in_m & in_k[:, None], other=0.0)
-        x = _sixteenths(x)
         acc = tl.dot(w.to(kind), x, acc, input_precision="ieee")
         if EPILOGUE == SILU:
             if EVEN:
@@ -73,10 +60,9 @@ def gemm_fp8_kernel(
             else:
                 up = tl.load(w_at + N * K + k0, mask=in_n & in_k[None, :], other=0.0)
             acc_up = tl.dot(up.to(kind), x, acc_up, input_precision="ieee")
-    factor = 1.0 if whole else 16.0
-    acc *= (tl.load(scale_ptr + n, mask=n < N, other=0.0) * factor)[:, None]
+    acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
     if EPILOGUE == SILU:
-        acc_up *= (tl.load(scale_ptr + N + n, mask=n < N, other=0.0) * factor)[:, None]
+        acc_up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     out = out_ptr + (split * M + m[:, None]).to(tl.int64) * N + n[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
