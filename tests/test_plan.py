@@ -20,6 +20,7 @@ from kvist.cli.app import app
 from kvist.core.tables import CacheGroup
 from kvist.errors import CacheError, KvistError, RequestError
 from kvist.loading.model import Model
+from kvist.models.fp8 import Fp8Linear
 from kvist.reports.fit import Setting, fits, need, request_bytes
 from kvist.reports.plan import Plan, plan, plan_model
 from kvist.reports.sizes import bytes_text, parse_bytes, parse_tokens
@@ -100,15 +101,17 @@ def test_an_engine_that_gets_what_was_planned_has_room_for_the_requests(
         assert blocks.num_blocks == pytest.approx(40 * most, rel=WITHIN)
 
 
+@pytest.mark.parametrize("weights", ["auto", "fp8"])
 @pytest.mark.parametrize("name", [*(f"qwen3/{name}" for name in MODELS), "nanovlm/vlm_tied"])
-def test_weights_take_what_was_planned(name: str) -> None:
+def test_weights_take_what_was_planned(name: str, weights: str) -> None:
     path = FIXTURES / name
     for dtype in ("float32", "bfloat16"):
-        model = kvist.load(path, dtype)
+        model = kvist.load(path, dtype, weights=weights)
         whole = model.vision or model.lm
-        allocated = sum(parameter.nbytes for parameter in whole.parameters())
-        made, _ = plan_model(str(path), dtype=dtype, memory=GIB)
-        assert made.need.weights == pytest.approx(allocated, rel=WITHIN)
+        scales = [m.scale for m in whole.modules() if isinstance(m, Fp8Linear)]
+        allocated = sum(tensor.nbytes for tensor in (*whole.parameters(), *scales))
+        made, _ = plan_model(str(path), dtype=dtype, weights=weights, memory=GIB)
+        assert made.need.weights == allocated
 
 
 class PeakBytes(TorchFunctionMode):
@@ -313,6 +316,15 @@ def test_the_command_shows_sums_codecs_and_advice(config_alone: Path) -> None:
     assert [line.split()[0] for line in lines if line.split()[:1] == ["plain"]] == ["plain"]
     assert all(any(line.startswith(codec) for line in lines) for codec in CODECS)
     assert "It does not fit" in out
+
+
+def test_the_command_says_what_is_in_fp8(config_alone: Path) -> None:
+    arguments = ["plan", str(config_alone), "--memory", "2GiB", "--weights", "fp8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "of them in fp8" in result.output
+    refused = CliRunner().invoke(app, [*arguments[:-1], "fp7"])
+    assert "there are: auto, fp8, fp8-dynamic" in str(refused.exception)
 
 
 def test_the_command_gives_json(config_alone: Path) -> None:

@@ -12,6 +12,7 @@ from kvist.cli.options import (
     JsonOption,
     ModelArgument,
     SinksOption,
+    WeightsOption,
     WindowOption,
 )
 
@@ -46,6 +47,7 @@ def command(
     sinks: SinksOption = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    weights: WeightsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """What a model needs and how many tokens and requests fit; reads no weights."""
@@ -63,6 +65,7 @@ def command(
         retention=None if window is None else SlidingWindow(window, sinks),
         dtype=dtype,
         device=device,
+        weights=weights,
     )
     if json:
         from json import dumps
@@ -88,6 +91,7 @@ def _as_json(model: str, plan: "Plan") -> dict[str, Any]:
         "memory_bytes": plan.memory,
         "fits": plan.fits,
         "weight_bytes": plan.need.weights,
+        "fp8_weight_bytes": setting.fp8_bytes,
         "activation_bytes": plan.need.activations,
         "activation_formula": ACTIVATIONS,
         "cache_bytes": plan.need.cache,
@@ -125,14 +129,16 @@ def _sums(plan: "Plan", where: str) -> "Table":
     from kvist.reports.sizes import bytes_text
 
     setting, need = plan.setting, plan.need
-    parameters = need.weights // setting.dtype.itemsize
+    parameters = f"{need.weights // setting.dtype.itemsize:,} parameters"
+    if setting.fp8_bytes:
+        parameters = f"{bytes_text(setting.fp8_bytes)} of them in fp8"
     tokens = min(setting.chunk, setting.context)
     requests = f"{setting.concurrency:,} request{'s' * (setting.concurrency > 1)}"
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    table.add_row("weights", bytes_text(need.weights), f"{parameters:,} parameters")
+    table.add_row("weights", bytes_text(need.weights), parameters)
     table.add_row("activations", bytes_text(need.activations), f"at most, of {tokens:,} tokens")
     cache = f"{requests} of {setting.context:,} tokens, {setting.codec}"
     table.add_row("cache", bytes_text(need.cache), cache + sliding_text(setting))

@@ -17,7 +17,7 @@ from kvist.core.spec import LayerSpec
 from kvist.errors import ConfigError, NotSupported, RequestError
 from kvist.models.config import DecoderConfig, token_ids
 from kvist.models.decoder import Decoder
-from kvist.models.fp8 import WEIGHTS, use_fp8
+from kvist.models.fp8 import check_weights, use_fp8
 from kvist.models.registry import family_of
 
 if TYPE_CHECKING:
@@ -285,8 +285,7 @@ def load(
 
 def _check_weights(weights: str, executor: str, checkpoint: "Checkpoint") -> None:
     """Refuse weights that this checkpoint or executor cannot have."""
-    if weights not in WEIGHTS:
-        raise ConfigError(f"no weights {weights!r}; there are: {', '.join(WEIGHTS)}")
+    check_weights(weights)
     if weights == "auto":
         return
     if executor == "native":

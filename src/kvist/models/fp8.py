@@ -5,8 +5,10 @@ which the loader then quantises one by one; no model file knows of it. Embedding
 routers stay as they are. Fused kernels multiply by the same numbers (kernels/fp8.py).
 """
 
+import torch
 from torch import Tensor, nn
 
+from kvist.errors import ConfigError
 from kvist.kernels.fp8 import Fp8Weight, linear, quantize
 from kvist.models.decoder import Decoder
 
@@ -31,12 +33,18 @@ class Fp8Linear(nn.Linear):
         super().__init__(like.in_features, like.out_features, bias=with_bias, device="meta")
         self.weight, self.bias = like.weight, like.bias
         self.rounds_activations = rounds_activations
-        self.register_buffer("scale", like.weight.new_ones(like.out_features), persistent=False)
+        scale = torch.ones(like.out_features, device=like.weight.device)
+        self.register_buffer("scale", scale, persistent=False)
 
     def take(self, weight: Tensor) -> None:
         """Quantise these weights, `[N, K]`, and keep them."""
         values, self.scale = quantize(weight)
         self.weight = nn.Parameter(values, requires_grad=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Of weights and scales, read or not."""
+        return self.weight.numel() + self.scale.nbytes
 
     @property
     def matrix(self) -> Fp8Weight:
@@ -47,6 +55,12 @@ class Fp8Linear(nn.Linear):
         """`[N, in]` -> `[N, out]`."""
         y = linear(x, self.matrix)
         return y if self.bias is None else y + self.bias
+
+
+def check_weights(weights: str) -> None:
+    """Raise ConfigError where there are no weights of this name."""
+    if weights not in WEIGHTS:
+        raise ConfigError(f"no weights {weights!r}; there are: {', '.join(WEIGHTS)}")
 
 
 def use_fp8(lm: Decoder, weights: str) -> None:

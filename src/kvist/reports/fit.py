@@ -40,6 +40,7 @@ class Setting:
         config: the decoder's configuration.
         specs: what each layer's cache must hold, retention applied.
         weight_bytes: of all parameters.
+        fp8_bytes: what of them is in fp8, whatever the dtype.
         dtype: of weights and activations.
         codec: how keys and values are written.
         layout: where they lie.
@@ -57,6 +58,7 @@ class Setting:
     context: int
     concurrency: int = 1
     chunk: int = CHUNK
+    fp8_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kvist.core.spec import AttentionSpec, LayerSpec
 from kvist.errors import CacheError, RequestError
 from kvist.models.config import DecoderConfig
 from kvist.models.decoder import Decoder
+from kvist.models.fp8 import Fp8Linear, check_weights, use_fp8
 from kvist.models.registry import family_of
 from kvist.reports.fit import (
     CHUNK,
@@ -84,6 +85,7 @@ def plan(
     codec: str = "plain",
     layout: str = "paged",
     chunk: int = CHUNK,
+    fp8_bytes: int = 0,
 ) -> Plan:
     """Plan a setting; arguments as in `Setting`, and `memory` in bytes.
 
@@ -98,7 +100,16 @@ def plan(
     if concurrency < 1:
         raise RequestError(f"concurrency must be at least one request, not {concurrency}")
     setting = Setting(
-        config, tuple(specs), weight_bytes, dtype, codec, layout, context, concurrency, chunk
+        config,
+        tuple(specs),
+        weight_bytes,
+        dtype,
+        codec,
+        layout,
+        context,
+        concurrency,
+        chunk,
+        fp8_bytes,
     )
     names = [*CODECS, *([] if codec in CODECS else [codec])]
     return Plan(
@@ -121,11 +132,12 @@ def plan_model(
     retention: Retention | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    weights: str = "auto",
 ) -> tuple[Plan, str]:
     """Plan a model by its name, from its configuration file.
 
     Args:
-        path_or_name: as in `kvist.load`, and `dtype` and `device` alike.
+        path_or_name: as in `kvist.load`, and `dtype`, `device` and `weights` alike.
         memory: bytes; None takes most of what is free on the device.
         context: tokens of a request; None takes the model's limit.
         concurrency: requests at a time.
@@ -141,10 +153,15 @@ def plan_model(
     from kvist.loading.model import pick_device, pick_dtype
     from kvist.runner.memory import available_memory
 
+    check_weights(weights)
     where = pick_device(device)
     checkpoint = open_checkpoint(resolve(path_or_name, weights=False), weights=False)
     kind = pick_dtype(dtype, checkpoint.config, where)
     whole, lm = _without_weights(checkpoint)
+    use_fp8(lm, weights)
+    rounded = [module for module in lm.modules() if isinstance(module, Fp8Linear)]
+    fp8_bytes = sum(module.nbytes for module in rounded)
+    others = sum(p.numel() for p in whole.parameters()) - sum(m.weight.numel() for m in rounded)
     config = lm.config
     if layout not in LAYOUTS:
         raise CacheError(f"no cache layout named {layout!r}; there are: {', '.join(LAYOUTS)}")
@@ -156,7 +173,8 @@ def plan_model(
     made = plan(
         config,
         [(retention or KeepAll()).apply(spec) for spec in config.specs],
-        weight_bytes=sum(parameter.numel() for parameter in whole.parameters()) * kind.itemsize,
+        weight_bytes=others * kind.itemsize + fp8_bytes,
+        fp8_bytes=fp8_bytes,
         dtype=kind,
         memory=memory,
         context=context or config.max_positions,
@@ -254,7 +272,9 @@ def _halved(setting: Setting) -> Setting:
     if setting.dtype.itemsize <= 2:
         return setting
     factor = setting.dtype.itemsize // 2
-    return replace(setting, dtype=torch.bfloat16, weight_bytes=setting.weight_bytes // factor)
+    whole = setting.weight_bytes - setting.fp8_bytes
+    weight_bytes = whole // factor + setting.fp8_bytes
+    return replace(setting, dtype=torch.bfloat16, weight_bytes=weight_bytes)
 
 
 def _by_codec(setting: Setting) -> list[Setting]:
