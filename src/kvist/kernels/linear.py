@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from kvist.kernels import fp8
 from kvist.kernels.elementwise import dependent_launch
 from kvist.kernels.fp8 import Fp8Weight, Weight
-from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel
+from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel, widen_kernel
 from kvist.kernels.linear_kernels import ADD, SILU, STORE, gemm_kernel, gemv_kernel
 
 MOST_ROWS = 64
-MOST_ROWS_FP8 = 512  # behind which it costs less to widen the weights first
+MOST_ROWS_FP8 = 256  # behind which it costs less to widen the weights first
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,23 @@ def many_rows(x: Tensor, w: Weight) -> Tensor:
     """`[M, K]` times the weights `[N, K]`, as `[M, N]` in x's type: for more rows than `gemm`'s."""
     if isinstance(w, Tensor):
         return F.linear(x, w)
-    if not w.rounds_activations or x.device.type != "cuda" or x.dtype != torch.bfloat16:
+    if not w.rounds_activations:
+        return F.linear(x, widen(w, x.dtype))
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or any(n % 16 for n in w.shape):
         return fp8.linear(x, w)
     values, scale = quantize(x)
     return torch._scaled_mm(
         values, w.values.t(), scale_a=scale[:, None], scale_b=w.scale[None], out_dtype=x.dtype
     )
+
+
+def widen(w: Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """`Fp8Weight.dequantize` in one launch."""
+    n, k = w.shape
+    out = torch.empty(n, k, dtype=dtype, device=w.values.device)
+    block = min(4096, triton.next_power_of_2(k))
+    widen_kernel[(n, triton.cdiv(k, block))](w.values, w.scale, out, k, BLOCK_K=block, num_warps=4)
+    return out
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

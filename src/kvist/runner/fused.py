@@ -170,21 +170,21 @@ class FusedStep:
         act = torch.empty(1, config.intermediate_size, **like)
         for i, layer in enumerate(self.layers):
             qkv = torch.empty(1, layer.qkv.shape[0], **like)
-            tuning = gemv_tuning(*layer.qkv.shape)
+            tuning = gemv_tuning(layer.qkv)
             gemv(x, layer.qkv, qkv, norm=layer.input_norm, tuning=tuning, **normed)
             out = self._attention(i, qkv, rotation, cache, dependent)
-            tuning = gemv_tuning(*layer.o.shape)
+            tuning = gemv_tuning(layer.o)
             gemv(out, layer.o, x, epilogue="add", tuning=tuning, dependent=dependent)
-            tuning = gemv_tuning(config.intermediate_size, config.hidden_size)
+            tuning = gemv_tuning(layer.gate_up, matrices=2)
             norm = layer.mlp_norm
             gemv(x, layer.gate_up, act, norm=norm, epilogue="silu", tuning=tuning, **normed)
-            tuning = gemv_tuning(*layer.down.shape)
+            tuning = gemv_tuning(layer.down)
             gemv(act, layer.down, x, epilogue="add", tuning=tuning, dependent=dependent)
         rows, head = batch.logit_rows.shape[0], self.lm.lm_head.weight
         logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=x.device)
         if rows:
             norm = self.lm.model.norm.weight
-            gemv(x, head, logits, norm=norm, tuning=gemv_tuning(*head.shape), **normed)
+            gemv(x, head, logits, norm=norm, tuning=gemv_tuning(head), **normed)
         return logits
 
     def _rows(

@@ -7,8 +7,13 @@ from kvist.kernels.fp8 import Fp8Weight, Weight
 from kvist.kernels.linear import GemmTuning, GemvTuning
 
 
-def gemv_tuning(n: int, k: int) -> GemvTuning:
-    """For one row and weights `[n, k]`, or two such matrices (gate and up)."""
+def gemv_tuning(w: Weight, *, matrices: int = 1) -> GemvTuning:
+    """For one row and weights `[n, k]`, or several such matrices in one (gate and up)."""
+    n, k = w.shape[0] // matrices, w.shape[1]
+    if isinstance(w, Fp8Weight):  # instructions count, too: more rows share what is read of x
+        if k >= 8192:
+            return GemvTuning(rows=4, block_k=1024, warps=2)
+        return GemvTuning(rows=16, block_k=512) if k >= 4096 else GemvTuning(rows=4, block_k=1024)
     if n > 65536 or k >= 8192:
         return GemvTuning(rows=4, block_k=1024, warps=2)
     if k >= 4096:
@@ -33,8 +38,11 @@ def gemm_tuning(w: Weight, rows: int, *, residual: bool) -> GemmTuning:
 
 
 def _fp8_tuning(n: int, rows: int, *, residual: bool) -> GemmTuning:
-    """Wide enough tiles for a warp group's instructions; splits only where the GPU is not full."""
-    if rows > 64:
-        splits = 4 if residual and n <= 2048 else 1
-        return GemmTuning(block_n=128, block_k=64, splits=splits, warps=8, stages=4, block_m=128)
-    return GemmTuning(block_n=64, block_k=128, splits=4 if residual else 1, warps=4, stages=4)
+    """As wide as a warp group's instruction, but for so few rows that the GPU would not be full."""
+    if residual:
+        splits = 8 if n <= 2048 and rows <= 64 else 4 if n <= 2048 or rows <= 64 else 2
+    else:
+        splits = 1
+    block_n = 32 if rows <= 16 and n <= 4096 and not residual else 64
+    stages = 4 if rows <= 64 else 3
+    return GemmTuning(block_n=block_n, block_k=128, splits=splits, stages=stages, block_m=128)
