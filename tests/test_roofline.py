@@ -11,6 +11,7 @@ from kvist.errors import NotSupported, RequestError
 from kvist.loading.checkpoint import random_weights
 from kvist.loading.model import Model
 from kvist.models import family_of
+from kvist.models.fp8 import use_fp8
 from kvist.reports.roofline import Point, Work, count, measure, multiply_rate, read_rate
 
 CONFIG = {
@@ -26,10 +27,11 @@ CONFIG = {
 }
 
 
-def tiny(**changes: object) -> Model:
+def tiny(weights: str = "auto", **changes: object) -> Model:
     config = CONFIG | changes
     family = family_of(config)
     lm = family.build(family.read(config)).eval().requires_grad_(False)
+    use_fp8(lm, weights)
     random_weights(lm, dtype=torch.float32, device="cpu")  # `build` leaves memory as it finds it
     return Model("tiny", lm, None, torch.float32, torch.device("cpu"))
 
@@ -43,6 +45,15 @@ def test_a_decode_step_reads_all_weights_and_all_of_the_cache():
     assert work.cache == per_token * (10 + 20 + 2 + 2)
     attention = 4 * 2 * 4 * 16 * (11 + 21)
     assert work.operations == 2 * 2 * (matrices + norms) + 2 * 2 * 64 * 32 + attention
+
+
+def test_projections_in_fp8_are_a_byte_for_each_weight():
+    full, small = (
+        count(tiny(weights), codec="plain", tokens=[1], contexts=[4], logits=1)
+        for weights in ("auto", "fp8")
+    )
+    assert full.weights - small.weights == 3 * 2 * (32 * (64 + 32 + 32) + 64 * 32 + 3 * 32 * 48)
+    assert full.operations == small.operations
 
 
 def test_tied_weights_are_read_once():

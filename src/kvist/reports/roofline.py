@@ -21,6 +21,8 @@ from kvist.core.plan import FailedEvent, TokensEvent
 from kvist.core.request import Request
 from kvist.engine import Engine, EngineConfig
 from kvist.errors import KvistError, NotSupported, RequestError
+from kvist.kernels import can_run, can_run_fp8
+from kvist.kernels.fp8 import Fp8Weight, quantize
 from kvist.loading.model import Model
 from kvist.reports.sizes import bytes_text
 
@@ -221,7 +223,12 @@ def measure(
             f"{model.max_length}; take a shorter prompt"
         )
     device = model.device
-    rate, rate_type = multiply_rate(device, model.dtype, whole=model.native is not None)
+    rate, rate_type = multiply_rate(
+        device,
+        model.dtype,
+        whole=model.native is not None,
+        rounded=model.weights == "fp8-dynamic",
+    )
     timed: list[tuple[str, int, float, Work]] = []
     for rows in sorted(set(batches)):
         first, step = _time(model, codec, prompt, new_tokens, rows, seed)
@@ -308,14 +315,23 @@ def read_rate(device: torch.device, nbytes: int) -> float:
 
 
 def multiply_rate(
-    device: torch.device, dtype: torch.dtype, *, whole: bool = False
+    device: torch.device, dtype: torch.dtype, *, whole: bool = False, rounded: bool = False
 ) -> tuple[float, str]:
-    """Operations a second of a large product, and its type; with `whole` of 8-bit numbers."""
+    """Operations a second of a large product, and its type.
+
+    With `whole` of 8-bit integers; with `rounded` of fp8, activations' rounding included, where
+    kernels do that.
+    """
     size = 8192 if device.type == "cuda" else 1024
     if whole:
         a, b = (torch.randint(-9, 9, (size, size), dtype=torch.int8) for _ in range(2))
         return 2 * size**3 / _best(lambda: torch._int_mm(a, b), device), "int8"
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    if rounded and device.type == "cuda" and can_run(device) and can_run_fp8(device):
+        from kvist.kernels.linear import many_rows
+
+        w = Fp8Weight(*quantize(y), rounds_activations=True)
+        return 2 * size**3 / _best(lambda: many_rows(x, w), device), "fp8"
     seconds = _best(lambda: x @ y, device)
     return 2 * size**3 / seconds, str(dtype).removeprefix("torch.")
 
