@@ -93,10 +93,20 @@ def round_activations(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounding(model: kvist.Model) -> Iterator[None]:
-    """The model's own forward with every matrix's input rounded."""
+def rounding(model: kvist.Model, isa: str) -> Iterator[None]:
+    """The model's own forward with what every matrix meets rounded, as kernels for `isa` do.
+
+    For matrix units that is bfloat16, weights too; their attention's rounding is not imitated.
+    """
+
+    def product(linear: nn.Module, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+        x, weight = inputs[0], linear.get_parameter("weight")
+        if isa == "amx":
+            return nn.functional.linear(x.bfloat16().float(), weight.bfloat16().float())
+        return nn.functional.linear(round_activations(x), weight)
+
     hooks = [
-        module.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]),))
+        module.register_forward_hook(product)
         for module in model.lm.modules()
         if isinstance(module, nn.Linear)
     ]

@@ -85,12 +85,13 @@ def test_logits_are_those_of_rounded_activations(
     model, _ = opened(family, quantisation)
     step = make_step(opened, family, quantisation, isa=isa, threads=1)
     for chunks in (WHOLE, CHUNKED, RAGGED):
-        with rounding(model):
+        with rounding(model, isa):
             expected = logits_of(model, model_step(model.lm), chunks)
         found, wanted = torch.cat(logits_of(model, step, chunks)), torch.cat(expected)
         # A value on the edge may round the other way and move what follows it; most do not.
         close(found, wanted, 0.03)
-        assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 1e-3
+        limit = 1e-2 if isa == "amx" else 1e-3  # matrix units' attention rounds on its own
+        assert ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < limit
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -137,11 +138,13 @@ def test_planes_of_few_bits_are_read_and_written_in_place(
 ) -> None:
     model, _ = opened(family, "Q8_0")
     step = make_step(opened, family, "Q8_0", threads=2)
-    with rounding(model):
+    with rounding(model, step.packed.isa):
         [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, codec=codec)
     [found] = logits_of(model, step, CHUNKED, layout, codec=codec)
     close(found, expected, 0.05)
-    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).median() < 0.02
+    # Matrix units' attention rounds on its own, and 4 bits of what follows may come out otherwise.
+    limit = 0.04 if step.packed.isa == "amx" else 0.02
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).median() < limit
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -151,7 +154,7 @@ def test_tokens_are_encoded_as_the_codec_encodes_them(opened: Opened, isa: str, 
     model, _ = opened("qwen3", "Q8_0")
     step = make_step(opened, "qwen3", "Q8_0", isa=isa, threads=1)
     caches = []
-    with torch.inference_mode(), rounding(model):
+    with torch.inference_mode(), rounding(model, isa):
         for run in (step, model_step(model.lm)):
             coder = make_codec(codec, torch.float32, lambda: model.calibration)
             cache = make_cache(model.specs, codec=coder, max_length=64, dtype=torch.float32)
@@ -199,7 +202,7 @@ def test_a_window_hides_what_the_model_does_not_see(
     model, _ = opened()
     step = make_step(opened, threads=2)
     window = kvist.SlidingWindow(6, sinks)
-    with rounding(model):
+    with rounding(model, step.packed.isa):
         [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, retention=window)
     [found] = logits_of(model, step, CHUNKED, layout, retention=window)
     [everything] = logits_of(model, step, CHUNKED, layout)
@@ -289,7 +292,7 @@ def test_weights_in_floats_give_the_models_logits(
 def test_a_checkpoint_in_floats_runs_by_name(model: kvist.Model) -> None:
     native = kvist.load(model.name, device="cpu", executor="native")
     assert native.native is not None
-    assert not native.native.packed.rounds
+    assert native.native.packed.activations == "float32"
     params = kvist.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     [found] = kvist.generate(native, [IDS], params)
     [expected] = kvist.generate(model, [IDS], params)

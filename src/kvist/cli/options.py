@@ -29,7 +29,7 @@ ExactOption = Annotated[
     typer.Option(
         "--exact",
         help="The model's own forward, quantised weights as the file says to the bit: no native "
-        "code with activations in 8 bits.",
+        "code with rounded activations.",
     ),
 ]
 DeterministicOption = Annotated[

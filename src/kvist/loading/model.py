@@ -231,7 +231,7 @@ def load(
             are slower; or "float32", "bfloat16", "float16".
         device: "auto" is the first GPU, else the CPU.
         executor: what computes its steps. "auto" takes the fastest there is: on a CPU, 4- and 8-bit
-            GGUF weights stay as they are and go to native code, which rounds activations to 8 bits.
+            GGUF weights stay as they are and go to native code, which rounds activations.
             "reference" is the model's own forward with those weights dequantised, to the bit what
             the file says; "native" is native code for weights in floats too, or an error that
             says why not; further names in `kvist.runner.executors.EXECUTORS`.

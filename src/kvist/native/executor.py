@@ -1,9 +1,10 @@
 """The native executor: a whole step of a decoder in one call of the compiled library.
 
 A drop-in for the model's own forward, made from the same weights: it reads and writes the cache's
-planes in place and gives the logits. Where weights are quantised, activations are rounded to 8 bits
-(as llama.cpp does), so logits differ a little from the model's; docs say how little. Where they are
-floats, sums are in another order and nothing else.
+planes in place and gives the logits. Where weights are quantised, activations are rounded: for
+matrix units to bfloat16 (and weights and attention with them), else to 8 bits, as llama.cpp does.
+So logits differ a little from the model's; docs say how little. Where weights are floats, sums are
+in another order and nothing else.
 """
 
 import ctypes
@@ -67,8 +68,7 @@ class NativeStep:
     @property
     def fingerprint(self) -> str:
         """Names the weights and the arithmetic."""
-        activations = "8-bit" if self.packed.rounds else "float32"
-        return f"native, {activations} activations, {self.packed.digest}"
+        return f"native, {self.packed.activations} activations, {self.packed.digest}"
 
     def __repr__(self) -> str:
         """Instruction set and threads."""

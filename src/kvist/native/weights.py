@@ -87,7 +87,7 @@ class PackedModel:
         threads: that work on a step.
         pid: the process that they live in; a fork has none of them.
         digest: names the weights, by a sample of each.
-        rounds: whether activations are rounded to 8 bits, as they are where weights are quantised.
+        quantised: whether its weights are, so that activations are rounded: see `activations`.
     """
 
     config: DecoderConfig
@@ -96,7 +96,7 @@ class PackedModel:
     threads: int
     pid: int
     digest: str
-    rounds: bool
+    quantised: bool
     _kept: list[Tensor] = field(default_factory=list, repr=False)
     """Memory that the library reads and does not own: the embedding's rows."""
 
@@ -105,6 +105,13 @@ class PackedModel:
         """The instruction set that its kernels were chosen for."""
         name: bytes = library().kvist_model_isa(self.handle)
         return name.decode()
+
+    @property
+    def activations(self) -> str:
+        """What they are rounded to: "float32" is not at all."""
+        if not self.quantised:
+            return "float32"
+        return "bfloat16" if self.isa == "amx" else "8-bit"
 
 
 def pack_model(
@@ -170,7 +177,7 @@ def pack_model(
         loaded.kvist_model_free(handle)
         raise
     model = PackedModel(
-        config, handle, padded, threads, os.getpid(), digest.hexdigest(), rounds=not in_floats
+        config, handle, padded, threads, os.getpid(), digest.hexdigest(), quantised=not in_floats
     )
     weakref.finalize(model, _free, handle, model.pid)
     for i in range(config.num_layers):

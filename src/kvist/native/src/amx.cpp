@@ -1,130 +1,294 @@
-// Some rows on matrix units (AMX): sums of a block's products of bytes, scaled as ever.
+// Quantised weights on matrix units (AMX), for one row and for many.
 //
-// The unit adds up whole numbers, so a row comes out to the bit as the AVX-512 kernels have it; what
-// differs is that a tile of rows meets a block of a group in one instruction. Packed groups are laid
-// out as the unit reads them already. Fewer rows go to those kernels.
+// Weights are spread out to bfloat16, activations rounded to it, sums are float32. The unit adds up
+// blocks of 32 products in one order, whatever stands in the other columns of its tiles: a row's bits
+// do not depend on the rows beside it, nor on how many tiles of rows meet a tile of weights.
+//
+// A block of a group of weights is one operand: 16 rows, 64 bytes each. Activations are the other: a
+// tile holds 16 rows of them, dword [column / 2][row] being two columns. So products come out with the
+// group's rows down and the activations' across.
 #include "kernels.h"
 
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "attention_tiles.h"
 #include "linear.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int FROM_ROWS = 9;  // what no pass over the weights serves from registers
-constexpr int TILE_INTS = 16 * LANES;
+constexpr int CHUNK = 3;  // blocks that are spread out before the unit meets them
 
-struct alignas(64) TileShapes {  // 0 and 1 sums, 4 rows, 5 weights
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 0, 0, BLOCK, 64};
-    uint8_t rows[16] = {ROW_TILE, ROW_TILE, 0, 0, ROW_TILE, BLOCK / 4};
-};
-
-// A group's blocks as tiles, with their scales and minima as floats.
-struct Group {
-    const uint8_t* bytes;
-    int64_t stride;       // from block to block
-    const float* scales;  // [blocks, 32]: 16 scales, 16 minima
-};
-
-Group group_of(const Matrix& matrix, int index, uint8_t* space) {
-    const uint8_t* w = matrix.data + index * matrix.stride;
-    const int blocks = matrix.columns / BLOCK;
-    float* scales = (float*)(space + 512 * blocks);
-    if (matrix.kind == Q4) {
-        unpack_group(matrix, w, {space, scales});
-        return {space, 512, scales};
-    }
-    for (int b = 0; b < blocks; b++) store(scales + 32 * b, load_half(w + b * Q8_BLOCK + 512));
-    return {w, Q8_BLOCK, scales};
+// Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations: one column of them, or 16.
+TileShapes shapes_for(int rows) {
+    TileShapes shapes;
+    if (rows > 1) return shapes;
+    for (int tile = 0; tile < 8; tile++)
+        if (tile != 4 && tile != 5) shapes.bytes_per_row[tile] = 4;
+    return shapes;
 }
 
-// Into one of the unit's tiles a block's products, and from there. (Tiles are named by literals.)
-#define KVIST_MULTIPLY(TILE, BLOCK_INDEX)                                   \
-    _tile_zero(TILE);                                                       \
-    _tile_loadd(4, row.q + (BLOCK_INDEX) * BLOCK, x.columns);               \
-    _tile_loadd(5, group.bytes + (BLOCK_INDEX) * group.stride, 64);         \
-    _tile_dpbsud(TILE, 4, 5)
+// Read from memory from here on: loads spread a value over all lanes for nothing, shuffles do not.
+inline void in_memory(float (&values)[LANES]) { asm("" : "+m"(values)); }
 
-template <Kind KIND>
-inline void add_scaled(const int32_t* sums, const Group& group, const Row& row, int block,
-                       Floats* acc) {
-    const Floats d = load(group.scales + 32 * block), m = load(group.scales + 32 * block + 16);
-    const float *scale = row.scale + block * ROW_TILE, *sum = row.sum + block * ROW_TILE;
-    const int32_t* isum = row.isum + block * ROW_TILE;
+// A block of a group -> 16 rows of 32 bfloat16. A nibble chooses from the upper halves of the 16
+// floats, rounded, that it may stand for.
+inline void spread_q4(const uint8_t* w, uint8_t* to) {
+    const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi16(1);
+    alignas(64) float d[LANES], m[LANES];
+    store(d, load_half(w + 256));
+    store(m, load_half(w + 288));
+    in_memory(d), in_memory(m);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+        const __m512i words = _mm512_loadu_si512(w + 64 * v);
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) {
+            const int r = 4 * v + t;
+            const __m512 exact = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[r]), _mm512_set1_ps(m[r]));
+            const __m512i table = _mm512_add_epi32((__m512i)exact, half);
+            const __m512i choice = t ? _mm512_srli_epi16(words, 4 * t - 1) : _mm512_slli_epi16(words, 1);
+            _mm512_store_si512(to + 64 * r,
+                               _mm512_permutexvar_epi16(_mm512_or_si512(choice, upper), table));
+        }
+    }
+}
+
+inline void spread_q8(const uint8_t* w, uint8_t* to) {
+    alignas(64) float d[LANES];
+    store(d, load_half(w + 512));
+    in_memory(d);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROW_TILE; r++) {
-        Ints whole = {_mm512_load_si512(sums + r * LANES)};
-        if (KIND == Q8) whole = whole + splat_int(-128 * isum[r]);
-        acc[r] = fma(to_floats(whole) * d, splat(scale[r]), acc[r]);
-        if (KIND == Q4) acc[r] = fma(m, splat(sum[r]), acc[r]);
+    for (int r = 0; r < LANES; r++) {
+        const int8_t* q = (const int8_t*)w + 32 * r;
+        const Floats scale = splat(d[r]);
+        _mm512_store_si512(to + 64 * r, (__m512i)_mm512_cvtne2ps_pbh((load_i8(q + 16) * scale).v,
+                                                                     (load_i8(q) * scale).v));
     }
 }
 
-// A tile of rows from `first` on, times one group. Two blocks' sums are scaled while the unit makes
-// the next two.
-template <Kind KIND>
-void tile_times_group(const Group& group, const Activations& x, int first, int rows, float* out,
-                      int64_t ld, bool add) {
+template <Kind KIND> constexpr int BYTES = KIND == Q4 ? Q4_BLOCK : Q8_BLOCK;
+
+// Two groups that the unit meets together.
+struct Groups {
+    const uint8_t* w;
+    int64_t stride;  // from one to the other
+};
+
+// Blocks [begin, end) of both -> tiles [block][group].
+template <Kind KIND> inline void spread(const Groups& groups, int begin, int end, uint8_t* to) {
+    for (int b = begin; b < end; b++)
+        for (int g = 0; g < 2; g++, to += TILE_BYTES) {
+            const uint8_t* w = groups.w + g * groups.stride + b * BYTES<KIND>;
+            // What comes in this place the next time, into the second cache; what comes soon, into the first.
+            for (int i = 0; i < BYTES<KIND>; i += 64)
+                {
+                _mm_prefetch((const char*)w + 2 * groups.stride + i, _MM_HINT_T1);
+                _mm_prefetch((const char*)w + 3 * BYTES<KIND> + i, _MM_HINT_T0);
+            }
+            if (KIND == Q4) spread_q4(w, to);
+            else spread_q8(w, to);
+        }
+}
+
+inline uint8_t* tile_of(const Activations& x, int row, int block) {
+    return (uint8_t*)x.tiles + ((int64_t)(row / ROW_TILE) * (x.columns / BLOCK) + block) * TILE_BYTES;
+}
+
+// Sums of two groups and of one or two tiles of rows go on over a block.
+template <int TILES>
+inline void multiply(const uint8_t* weights, const Activations& x, int row, int block) {
+    _tile_loadd(4, weights, 64);
+    _tile_loadd(6, tile_of(x, row, block), 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, weights + TILE_BYTES, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    if (TILES == 1) return;
+    _tile_loadd(7, tile_of(x, row + ROW_TILE, block), 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Sums of two groups, [lane][row] of each: two for one tile of rows, then two for the next.
+struct Sums {
+    alignas(64) float tiles[4][256];
+
+    void take(int rows, bool one) {  // one: of all
+        const int64_t ld = one ? 4 : 64;
+        _tile_stored(0, tiles[0], ld);
+        _tile_stored(1, tiles[1], ld);
+        if (rows <= ROW_TILE) return;
+        _tile_stored(2, tiles[2], ld);
+        _tile_stored(3, tiles[3], ld);
+    }
+};
+
+// Two groups times all rows, two tiles of these at a time. `finish.part(sums, row, rows, i)`, for all i
+// below `finish.parts(rows)`, does something with what comes out for `rows` rows from `row` on; it is
+// called between the products of the rows after them.
+template <Kind KIND, typename Finish>
+void two_groups(const Groups& groups, const Activations& x, int rows, uint8_t* scratch, Finish finish) {
+    constexpr int STEP = 2 * TILE_BYTES;
     const int blocks = x.columns / BLOCK;
-    const Row row = row_of(x, first);
-    alignas(64) int32_t sums[2 * TILE_INTS];
-    Floats acc[ROW_TILE];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROW_TILE; r++) acc[r] = splat(0.f);
-    KVIST_MULTIPLY(0, 0);
-    if (blocks > 1) { KVIST_MULTIPLY(1, 1); }
-    for (int block = 0; block < blocks; block += 2) {
-        _tile_stored(0, sums, 64);
-        _tile_stored(1, sums + TILE_INTS, 64);
-        if (block + 2 < blocks) { KVIST_MULTIPLY(0, block + 2); }
-        if (block + 3 < blocks) { KVIST_MULTIPLY(1, block + 3); }
-        add_scaled<KIND>(sums, group, row, block, acc);
-        if (block + 1 < blocks) add_scaled<KIND>(sums + TILE_INTS, group, row, block + 1, acc);
+    Sums sums[2];
+    if (rows <= 2 * ROW_TILE) {  // weights are spread out as they are used
+        zero_sums();
+        spread<KIND>(groups, 0, least(CHUNK, blocks), scratch);
+        for (int b = 0; b < blocks; b += CHUNK) {
+            const int end = least(b + CHUNK, blocks), turn = b / CHUNK % 2;
+            spread<KIND>(groups, end, least(end + CHUNK, blocks), scratch + (turn ^ 1) * CHUNK * STEP);
+            const uint8_t* weights = scratch + turn * CHUNK * STEP;
+            for (int i = b; i < end; i++, weights += STEP) {
+                if (rows <= ROW_TILE) multiply<1>(weights, x, 0, i);
+                else multiply<2>(weights, x, 0, i);
+            }
+        }
+        sums[0].take(rows, rows == 1);
+        for (int i = 0; i < finish.parts(rows); i++) finish.part(sums[0], 0, rows, i);
+        return;
     }
+    spread<KIND>(groups, 0, blocks, scratch);
+    int before = 0, turn = 0;
+    for (int row = 0; row < rows; row += 2 * ROW_TILE, turn ^= 1) {
+        const int count = least(rows - row, 2 * ROW_TILE), parts = before ? finish.parts(before) : 0;
+        zero_sums();
+        for (int b = 0, i = 0; b < blocks; b++) {
+            if (count > ROW_TILE) multiply<2>(scratch + b * STEP, x, row, b);
+            else multiply<1>(scratch + b * STEP, x, row, b);
+            for (; i < parts && i * blocks < parts * (b + 1); i++)
+                finish.part(sums[turn ^ 1], row - 2 * ROW_TILE, before, i);
+        }
+        sums[turn].take(count, false);
+        before = count;
+    }
+    const int last = (rows - 1) / (2 * ROW_TILE) * 2 * ROW_TILE;
+    for (int i = 0; i < finish.parts(before); i++) finish.part(sums[turn ^ 1], last, before, i);
+}
+
+// A tile's sums [lane][row] -> out[row * ld + lane], stored or added.
+inline void put(const float* sums, int rows, float* out, int64_t ld, bool add, bool one) {
+    if (one) {
+        const Floats y = load(sums);
+        store(out, add ? load(out) + y : y);
+        return;
+    }
+    __m512 v[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < ROW_TILE; r++) {  // unrolled, so that sums stay in registers
+    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums + 16 * i);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) {
         if (r == rows) return;
         float* to = out + r * ld;
-        store(to, add ? load(to) + acc[r] : acc[r]);
+        store(to, add ? load(to) + Floats{v[r]} : Floats{v[r]});
     }
 }
 
+// Sums go to rows of floats.
+struct ToRows {
+    float* out;
+    int64_t ld;
+    bool add, two, one;  // two: whether the second group is one; one: there is but one row in all
+
+    int parts(int rows) const { return rows > ROW_TILE ? 4 : 2; }
+    void part(const Sums& sums, int row, int rows, int i) const {
+        if (i % 2 && !two) return;
+        const int tile = i / 2 * ROW_TILE;
+        put(sums.tiles[i], least(rows - tile, ROW_TILE), out + (row + tile) * ld + i % 2 * LANES, ld, add, one);
+    }
+};
+
 template <Kind KIND>
-void rows_times_groups(const Group* groups, int count, const Activations& x, int rows, float* out,
-                       int64_t ld, bool add) {
-    for (int r = 0; r < rows; r += ROW_TILE)
-        for (int g = 0; g < count; g++)  // rows come from the nearest cache for all but the first
-            tile_times_group<KIND>(groups[g], x, r, rows - r, out + r * ld + g * LANES, ld, add);
+void linear_of(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
+               int64_t ld, bool add, uint8_t* scratch) {
+    for (int g = begin; g < end; g += 2) {
+        const bool two = g + 1 < end;  // else the last is met twice
+        const Groups groups{matrix.data + g * matrix.stride, two ? matrix.stride : 0};
+        const ToRows finish{out + (int64_t)g * LANES, ld, add, two, rows == 1};
+        two_groups<KIND>(groups, x, rows, scratch, finish);
+    }
+}
+
+// 32 values of one row -> a block of its tile.
+inline void put_row_block(Floats low, Floats high, const Activations& to, int row, int block) {
+    const __m512i places = _mm512_slli_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+    int32_t* at = (int32_t*)tile_of(to, row, block) + row % ROW_TILE;
+    _mm512_i32scatter_epi32(at, places, rounded(low, high), 4);
+}
+
+// Gate and up of 16 hidden units become half a block of the activations that follow.
+struct ToHidden {
+    const Activations& to;
+    int block, half;
+    bool one;  // row in all
+
+    int parts(int rows) const { return one ? 1 : rows > ROW_TILE ? 16 : 8; }
+    void part(const Sums& sums, int row, int, int i) const {
+        uint8_t* tile = tile_of(to, row + i / 8 * ROW_TILE, block) + half * (TILE_BYTES / 2);
+        if (one) {
+            const Floats hidden = silu(load(sums.tiles[0])) * load(sums.tiles[1]);
+            alignas(32) int32_t pairs[8];
+            _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(hidden.v));
+            for (int pair = 0; pair < 8; pair++) memcpy(tile + 64 * pair, pairs + pair, 4);
+            return;
+        }
+        const float *gate = sums.tiles[i / 8 * 2] + i % 8 * 2 * ROW_TILE;
+        const float *up = sums.tiles[i / 8 * 2 + 1] + i % 8 * 2 * ROW_TILE;
+        const Floats even = silu(load(gate)) * load(up);
+        const Floats odd = silu(load(gate + ROW_TILE)) * load(up + ROW_TILE);
+        _mm512_store_si512(tile + 64 * (i % 8), rounded_pairs(even, odd));
+    }
+};
+
+// Groups of gate and up lie in turn: see Model::lay_out.
+template <Kind KIND>
+void gate_up_of(const Matrix& gate, int begin, int end, const Activations& x, int rows,
+                const Activations& to, uint8_t* scratch) {
+    for (int block = begin; block < end; block++)
+        for (int half = 0; half < 2; half++) {
+            const Groups groups{gate.data + (2 * block + half) * gate.stride, gate.stride / 2};
+            two_groups<KIND>(groups, x, rows, scratch, ToHidden{to, block, half, rows == 1});
+        }
 }
 
 void linear_on_tiles(const Matrix& matrix, int begin, int end, const Activations& x, int rows,
                      float* out, int64_t ld, bool add, void* scratch) {
-    if (rows < FROM_ROWS || in_floats(matrix.kind))
-        return kernels_avx512()->linear(matrix, begin, end, x, rows, out, ld, add, scratch);
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-    const int64_t space = (512 + 128) * (int64_t)(matrix.columns / BLOCK);
-    for (int g = begin; g < end; g += 2) {
-        const int count = end - g < 2 ? 1 : 2;
-        Group groups[2];
-        for (int i = 0; i < count; i++)
-            groups[i] = group_of(matrix, g + i, (uint8_t*)scratch + i * space);
-        float* to = out + (int64_t)g * LANES;
-        if (matrix.kind == Q4) rows_times_groups<Q4>(groups, count, x, rows, to, ld, add);
-        else rows_times_groups<Q8>(groups, count, x, rows, to, ld, add);
-    }
-    _tile_release();
+    const Tiles tiles(shapes_for(rows));
+    const auto multiply = matrix.kind == Q4 ? linear_of<Q4> : linear_of<Q8>;
+    multiply(matrix, begin, end, x, rows, out, ld, add, (uint8_t*)scratch);
 }
 
 void gate_up_on_tiles(const Matrix& gate, const Matrix& up, int begin, int end,
                       const Activations& x, int rows, const Activations& to, void* scratch) {
-    if (rows < FROM_ROWS || in_floats(gate.kind))
-        return kernels_avx512()->gate_up(gate, up, begin, end, x, rows, to, scratch);
-    gate_up_with(linear_on_tiles, gate, up, begin, end, x, rows, to, scratch);
+    if (gate.kind != up.kind)
+        return gate_up_with(linear_on_tiles, put_row_block, gate, up, begin, end, x, rows, to, scratch);
+    const Tiles tiles(shapes_for(rows));
+    const auto multiply = gate.kind == Q4 ? gate_up_of<Q4> : gate_up_of<Q8>;
+    multiply(gate, begin, end, x, rows, to, (uint8_t*)scratch);
+}
+
+void round_row(const float* x, const Activations& to, int row) {
+    for (int b = 0; b < to.columns / BLOCK; b++, x += BLOCK)
+        put_row_block(load(x), load(x + 16), to, row, b);
+}
+
+void norm_and_round_row(const float* x, const float* weight, float eps, const Activations& to, int row) {
+    const Floats factor = splat(norm_factor(x, eps, to.columns));
+    for (int b = 0; b < to.columns / BLOCK; b++, x += BLOCK, weight += BLOCK)
+        put_row_block(load(x) * factor * load(weight), load(x + 16) * factor * load(weight + 16), to,
+                      row, b);
 }
 
 // Linux grants the unit's state to a process that asks.
@@ -139,14 +303,20 @@ namespace kvist {
 
 const Kernels* kernels_amx() {
     static const Kernels* const found = []() -> const Kernels* {
-        // Leaf 7, EDX: bit 25 AMX-INT8, 24 tiles.
+        // Leaf 7, EDX: bit 22 AMX-BF16, 24 tiles. Such processors have AVX512-BF16, too.
         uint32_t a, b, c, d;
         asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-        if (!(d >> 25 & 1) || !(d >> 24 & 1) || !granted()) return nullptr;
+        if (!(d >> 22 & 1) || !(d >> 24 & 1) || !granted()) return nullptr;
         static Kernels table = *kernels_avx512();
         table.name = "amx";
+        table.tiles = true;
+        table.quantise = round_row;
+        table.norm_quantise = norm_and_round_row;
         table.linear = linear_on_tiles;
         table.gate_up = gate_up_on_tiles;
+        table.attend = attend_on_tiles;
+        table.together = 64;
+        table.for_floats = kernels_avx512();
         return &table;
     }();
     return found;

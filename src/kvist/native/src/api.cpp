@@ -15,7 +15,7 @@ using namespace kvist;
 namespace {
 
 struct Handle {
-    Handle(const Shape& shape, const Kernels& table, int threads, std::vector<int> cpus)
+    Handle(const Shape& shape, const Kernels* table, int threads, std::vector<int> cpus)
         : model(shape, table, threads, std::move(cpus)) {}
     Model model;
     Workspace space;
@@ -37,7 +37,7 @@ KVIST_API Handle* kvist_model_new(const Shape* shape, const char* isa, int32_t t
     const Kernels* table = kernels_named(isa);
     if (!table) return nullptr;
     try {
-        return new Handle(*shape, *table, threads, std::vector<int>(cpus, cpus + num_cpus));
+        return new Handle(*shape, table, threads, std::vector<int>(cpus, cpus + num_cpus));
     } catch (...) {
         return nullptr;
     }
@@ -45,7 +45,7 @@ KVIST_API Handle* kvist_model_new(const Shape* shape, const char* isa, int32_t t
 
 KVIST_API void kvist_model_free(Handle* handle) { delete handle; }
 
-KVIST_API const char* kvist_model_isa(const Handle* handle) { return handle->model.kernels.name; }
+KVIST_API const char* kvist_model_isa(const Handle* handle) { return handle->model.kernels->name; }
 
 KVIST_API int32_t kvist_model_lay_out(Handle* handle, const int32_t* kinds, int32_t head_kind) {
     try {
@@ -61,7 +61,7 @@ KVIST_API void kvist_model_pack(Handle* handle, int32_t layer, int32_t slot, int
                                 const uint8_t* rows, int32_t count) {
     Model& model = handle->model;
     const Matrix& matrix = layer < 0 ? model.head : model.layers[layer].matrices[slot];
-    pack(model.pool, matrix, (Stored)stored, rows, count);
+    pack(model.pool, model.kernels->tiles, matrix, (Stored)stored, rows, count);
 }
 
 // slot: 0 input norm, 1 post norm, 2 q norm, 3 k norm; layer -1: 0 the last norm, 1 frequencies.

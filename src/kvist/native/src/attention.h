@@ -113,24 +113,43 @@ inline void hide(float* scores, int begin, int end) {
     for (int i = begin > 0 ? begin : 0; i < end; i++) scores[i] = -__builtin_inff();
 }
 
-template <bool FETCH> inline void attend_together(const Attention& task, int query, int queries) {
-    const int head_dim = task.head_dim;
-    alignas(64) float scores[TOGETHER * SPAN + 16], space[16 * MOST_HEAD_DIM];
-    const float* tokens[16];
-    // What any of these queries sees of the span.
+// What any of some queries sees of a span: its sinks, and the rest.
+struct Seen {
+    Range ranges[2];
+    int sinks;
+};
+
+inline Seen seen_by(const Attention& task, int query, int queries) {
     int first = task.end, last = task.begin;
     for (int g = query; g < query + queries; g++) {
         first = task.first[g] < first ? task.first[g] : first;
         last = task.last[g] > last ? task.last[g] : last;
     }
     const int sinks = task.sinks < task.end ? task.sinks : task.end;
-    Range ranges[2] = {{task.begin, sinks < last ? sinks : last},
-                       {first > task.begin ? first : task.begin, last < task.end ? last : task.end}};
-    if (ranges[1].begin < ranges[0].end) ranges[1].begin = ranges[0].end;
+    Seen seen{{{task.begin, sinks < last ? sinks : last},
+               {first > task.begin ? first : task.begin, last < task.end ? last : task.end}},
+              sinks};
+    if (seen.ranges[1].begin < seen.ranges[0].end) seen.ranges[1].begin = seen.ranges[0].end;
+    return seen;
+}
+
+// Scores of one query -> weights, behind them their maximum and sum; zero where it does not see.
+inline void weigh(const Attention& task, int query, int sinks, float* scores, float* most) {
+    const int own_sinks = sinks < task.last[query] ? sinks : task.last[query];
+    hide(scores, own_sinks - task.begin, task.first[query] - task.begin);
+    hide(scores, task.last[query] - task.begin, SPAN);
+    soften(scores, most, most + 1);
+}
+
+template <bool FETCH> inline void attend_together(const Attention& task, int query, int queries) {
+    const int head_dim = task.head_dim;
+    alignas(64) float scores[TOGETHER * SPAN + 16], space[16 * MOST_HEAD_DIM];
+    const float* tokens[16];
+    const Seen seen = seen_by(task, query, queries);
     const float* q = task.q + query * head_dim;
     const int64_t ld = part_record(head_dim);
     float* out = task.out + query * ld;
-    for (const Range& range : ranges)
+    for (const Range& range : seen.ranges)
         // From a whole run on: what lies before the range is there to be read, and hidden below.
         for (int p = range.begin / 16 * 16; p < range.end; p += 16) {
             const int count = range.end - p < 16 ? range.end - p : 16;
@@ -140,14 +159,10 @@ template <bool FETCH> inline void attend_together(const Attention& task, int que
             else score_all<0>(tokens, q, queries, head_dim, to);
         }
     for (int g = 0; g < queries; g++) {
-        const int own_sinks = sinks < task.last[query + g] ? sinks : task.last[query + g];
-        float* own = scores + g * SPAN;
-        hide(own, own_sinks - task.begin, task.first[query + g] - task.begin);
-        hide(own, task.last[query + g] - task.begin, SPAN);
-        soften(own, out + g * ld + head_dim, out + g * ld + head_dim + 1);
+        weigh(task, query + g, seen.sinks, scores + g * SPAN, out + g * ld + head_dim);
         memset(out + g * ld, 0, (size_t)head_dim * 4);
     }
-    for (const Range& range : ranges)
+    for (const Range& range : seen.ranges)
         for (int p = range.begin; p < range.end; p += 16) {
             const int count = range.end - p < 16 ? range.end - p : 16;
             read_sixteen<FETCH>(task.values, p, count, head_dim, space, tokens);
@@ -164,7 +179,7 @@ template <bool FETCH> inline void attend_together(const Attention& task, int que
         }
 }
 
-void attend(const Attention& task) {
+[[maybe_unused]] void attend(const Attention& task) {
     for (int query = 0; query < task.queries; query += TOGETHER) {
         const int left = task.queries - query, queries = left < TOGETHER ? left : TOGETHER;
         // Many queries find in the cache what those before them read.
@@ -173,20 +188,28 @@ void attend(const Attention& task) {
     }
 }
 
-void merge(const float* parts, int64_t stride, int count, int head_dim, float* out) {
+[[maybe_unused]] void merge(const float* parts, int64_t stride, int count, int head_dim, float* out) {
     const float *max = parts + head_dim, *weight = max + 1;
     float most = *max, total = 0;
     for (int i = 1; i < count; i++) {
         const float m = max[i * stride];
         most = m > most || m != m ? m : most;
     }
-    for (int i = 0; i < count; i++) total += weight[i * stride] * __builtin_expf(max[i * stride] - most);
     for (int d = 0; d < head_dim; d += 16) store(out + d, splat(0.f));
-    for (int i = 0; i < count; i++) {
-        const Floats factor = splat(__builtin_expf(max[i * stride] - most) / total);
-        for (int d = 0; d < head_dim; d += 16)
-            store(out + d, fma(factor, load(parts + i * stride + d), load(out + d)));
+    for (int from = 0; from < count; from += 16) {  // spans, 16 at a time
+        alignas(64) float factors[16];
+        const int end = count - from < 16 ? count - from : 16;
+        for (int i = 0; i < 16; i++) factors[i] = i < end ? max[(from + i) * stride] : most;
+        store(factors, exponential(load(factors) - splat(most)));
+        for (int i = 0; i < end; i++) {
+            const float* part = parts + (from + i) * stride;
+            total += weight[(from + i) * stride] * factors[i];
+            for (int d = 0; d < head_dim; d += 16)
+                store(out + d, fma(splat(factors[i]), load(part + d), load(out + d)));
+        }
     }
+    const Floats share = splat(1.f / total);
+    for (int d = 0; d < head_dim; d += 16) store(out + d, load(out + d) * share);
 }
 
 }  // namespace

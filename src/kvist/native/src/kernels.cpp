@@ -7,7 +7,7 @@ namespace {
 
 void gate_up(const Matrix& gate, const Matrix& up, int begin, int end, const Activations& x,
              int rows, const Activations& to, void* scratch) {
-    gate_up_with(linear, gate, up, begin, end, x, rows, to, scratch);
+    gate_up_with(linear, quantise_block, gate, up, begin, end, x, rows, to, scratch);
 }
 
 }  // namespace
@@ -21,8 +21,9 @@ namespace kvist {
 
 const Kernels* KVIST_TABLE(KVIST_ISA)() {
     static const Kernels table = {
-        KVIST_NAME(KVIST_ISA), quantise,    norm_quantise, norm,  linear, gate_up, rotate,
-        unrotate,              store_token, ::attend,      merge, argmax,
+        KVIST_NAME(KVIST_ISA), false,    12,           nullptr,  quantise, norm_quantise, norm,
+        linear,                gate_up,  rotate,       unrotate, store_token,
+        ::attend,              merge,    argmax,
     };
     return &table;
 }

@@ -10,8 +10,13 @@
 //
 //   f32, bf16: 32 x 16 values, column by column.
 //
-// Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does; where weights
-// are floats they stay floats.
+// For matrix units numbers lie row by row instead, scales and minima as above:
+//
+//   q4: word j of vector v = input j of the rows 4v to 4v + 3, at bits 0, 4, 8 and 12
+//   q8: 32 bytes of each row
+//
+// Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does, or for matrix units
+// to bfloat16 (see amx.cpp); where weights are floats they stay floats.
 //
 // A row's result is the same to the bit whatever rows stand beside it, and however many threads there
 // are: sums of products of bytes are exact, floats are added block by block in one order, and
@@ -53,7 +58,8 @@ struct Activations {
     float* scale;
     float* sum;
     int32_t* isum;
-    float* floats;  // [rows, columns] instead, where weights are floats
+    float* floats;    // [rows, columns] instead, where weights are floats
+    uint16_t* tiles;  // bfloat16 instead, for matrix units: see amx.cpp
     int32_t columns;
 
     int64_t block_at(int row, int block) const {
@@ -94,6 +100,9 @@ constexpr int64_t part_record(int64_t head_dim) { return head_dim + 16; }
 
 struct Kernels {
     const char* name;
+    bool tiles;    // for matrix units: quantised weights and activations lie as tiles
+    int together;  // queries that best share a reading of the cache, 64 at most
+    const Kernels* for_floats;  // what runs weights in floats instead, or null
     void (*quantise)(const float* x, const Activations& to, int row);
     void (*norm_quantise)(const float* x, const float* weight, float eps, const Activations& to,
                           int row);
@@ -114,8 +123,8 @@ struct Kernels {
     int64_t (*argmax)(const float* x, int64_t size);
 };
 
-// Bytes of a thread's scratch: two unpacked groups, and 64 columns of rows behind them.
-constexpr int64_t group_scratch(int64_t columns) { return columns * 64 + 4096; }
+// Bytes of a thread's scratch: four unpacked groups, and 64 columns of rows behind them.
+constexpr int64_t group_scratch(int64_t columns) { return columns * 128 + 4096; }
 constexpr int64_t scratch_bytes(int64_t columns, int64_t rows) {
     return group_scratch(columns) + rows * 64 * 4;
 }

@@ -247,8 +247,8 @@ inline void float_linear(const Matrix& matrix, int begin, int end, const Activat
 }
 
 // Blocks of 32 hidden units by some kernel's `linear`: see Kernels::gate_up.
-template <typename Linear>
-inline void gate_up_with(Linear multiply, const Matrix& gate, const Matrix& up, int begin, int end,
+template <typename Linear, typename Put>
+inline void gate_up_with(Linear multiply, Put put_block, const Matrix& gate, const Matrix& up, int begin, int end,
                          const Activations& x, int rows, const Activations& to, void* scratch) {
     float* both = (float*)((uint8_t*)scratch + group_scratch(gate.columns));  // [rows, 64]
     for (int block = begin; block < end; block++) {
@@ -260,8 +260,7 @@ inline void gate_up_with(Linear multiply, const Matrix& gate, const Matrix& up, 
         multiply(two, 0, 2, x, rows, both + 32, 64, false, scratch);
         for (int r = 0; r < rows; r++) {
             const float* h = both + 64 * r;
-            quantise_block(silu(load(h)) * load(h + 32), silu(load(h + 16)) * load(h + 48), to, r,
-                           block);
+            put_block(silu(load(h)) * load(h + 32), silu(load(h + 16)) * load(h + 48), to, r, block);
         }
     }
 }

@@ -53,8 +53,8 @@ uint16_t minus_eight_times(uint16_t half) {
     return exponent + 3 >= 31 ? sign | 0x7c00 : sign | (uint16_t)(size + (3 << 10));
 }
 
-// One group of 16 rows; those that are null stay zero.
-void pack_q4(uint8_t* to, const uint8_t* const* rows, int blocks, bool has_minimum) {
+// One group of 16 rows; those that are null stay zero. See kernels.h for both orders.
+void pack_q4(uint8_t* to, const uint8_t* const* rows, int blocks, bool has_minimum, bool tiles) {
     const int bytes = has_minimum ? 20 : 18;
     for (int b = 0; b < blocks; b++, to += Q4_BLOCK)
         for (int r = 0; r < LANES; r++) {
@@ -64,16 +64,28 @@ void pack_q4(uint8_t* to, const uint8_t* const* rows, int blocks, bool has_minim
             memcpy(to + 256 + 2 * r, block, 2);
             memcpy(to + 288 + 2 * r, &m, 2);
             const uint8_t* nibbles = block + bytes - 16;
-            for (int j = 0; j < 4; j++) memcpy(to + 64 * j + 4 * r, nibbles + 4 * j, 4);
+            if (!tiles) {
+                for (int j = 0; j < 4; j++) memcpy(to + 64 * j + 4 * r, nibbles + 4 * j, 4);
+                continue;
+            }
+            uint16_t* words = (uint16_t*)(to + r / 4 * 64);
+            for (int i = 0; i < 16; i++) {
+                words[i] |= (uint16_t)((nibbles[i] & 15) << r % 4 * 4);
+                words[16 + i] |= (uint16_t)((nibbles[i] >> 4) << r % 4 * 4);
+            }
         }
 }
 
-void pack_q8(uint8_t* to, const uint8_t* const* rows, int blocks) {
+void pack_q8(uint8_t* to, const uint8_t* const* rows, int blocks, bool tiles) {
     for (int b = 0; b < blocks; b++, to += Q8_BLOCK)
         for (int r = 0; r < LANES; r++) {
             if (!rows[r]) continue;
             const uint8_t* block = rows[r] + b * 34;
             memcpy(to + 512 + 2 * r, block, 2);
+            if (tiles) {
+                memcpy(to + 32 * r, block + 2, 32);
+                continue;
+            }
             for (int j = 0; j < 8; j++) {
                 uint32_t four;
                 memcpy(&four, block + 2 + 4 * j, 4);
@@ -98,7 +110,8 @@ void pack_floats(uint8_t* to, const uint8_t* const* rows, int columns, Stored ty
 }
 
 struct Packing {
-    Pool* pool;
+    const Pool* pool;
+    bool tiles;
     const Matrix* matrix;
     Stored type;
     const uint8_t* rows;
@@ -119,8 +132,9 @@ void pack_share(void* context, int thread) {
         }
         uint8_t* to = (uint8_t*)matrix.data + g * matrix.stride;
         if (in_floats(matrix.kind)) pack_floats(to, rows, matrix.columns, packing.type);
-        else if (packing.type == STORED_Q8_0) pack_q8(to, rows, blocks);
-        else pack_q4(to, rows, blocks, packing.type == STORED_Q4_1);
+        else if (packing.type == STORED_Q8_0) pack_q8(to, rows, blocks, packing.tiles);
+        else pack_q4(to, rows, blocks, packing.type == STORED_Q4_1,
+                     packing.tiles);
     }
 }
 
@@ -180,7 +194,7 @@ uint8_t* Arena::take(int64_t bytes) {
     return taken;
 }
 
-Model::Model(const Shape& given, const Kernels& table, int threads, std::vector<int> cpus)
+Model::Model(const Shape& given, const Kernels* table, int threads, std::vector<int> cpus)
     : shape(given), kernels(table), pool(threads, std::move(cpus)), layers(given.layers) {}
 
 int32_t Model::rows(Slot slot) const {
@@ -200,6 +214,7 @@ int32_t Model::columns(Slot slot) const {
 }
 
 void Model::lay_out(const int32_t* kinds, int32_t head_kind) {
+    if (in_floats((Kind)head_kind) && kernels->for_floats) kernels = kernels->for_floats;
     int64_t total = 64 * (int64_t)(shape.layers * SLOTS + 1);
     for (int l = 0; l < shape.layers; l++)
         for (int s = 0; s < SLOTS; s++)
@@ -229,8 +244,9 @@ void Model::lay_out(const int32_t* kinds, int32_t head_kind) {
             groups_of(shape.vocab), shape.hidden, (Kind)head_kind};
 }
 
-void pack(Pool& pool, const Matrix& matrix, Stored type, const uint8_t* data, int32_t count) {
-    Packing packing{&pool, &matrix, type, data, count};
+void pack(Pool& pool, bool tiles, const Matrix& matrix, Stored type, const uint8_t* data,
+          int32_t count) {
+    Packing packing{&pool, tiles, &matrix, type, data, count};
     pool.choose();
     pool.run(pack_share, &packing);
 }

@@ -44,10 +44,10 @@ struct Layer {
 };
 
 struct Model {
-    Model(const Shape& shape, const Kernels& kernels, int threads, std::vector<int> cpus);
+    Model(const Shape& shape, const Kernels* kernels, int threads, std::vector<int> cpus);
 
     Shape shape;
-    const Kernels& kernels;
+    const Kernels* kernels;
     Pool pool;
     std::vector<Layer> layers;
     Matrix head{};
@@ -65,7 +65,8 @@ struct Model {
 };
 
 // Fill a matrix that was laid out from the file's rows, `count` of them; more are zero.
-void pack(Pool& pool, const Matrix& matrix, Stored type, const uint8_t* rows, int32_t count);
+void pack(Pool& pool, bool tiles, const Matrix& matrix, Stored type, const uint8_t* rows,
+          int32_t count);
 
 // The best kernels for this processor, or those of a name; null where it cannot run them.
 const Kernels* kernels_named(const char* name);

@@ -199,10 +199,18 @@ inline void read_token(const HeadPlane& plane, const Place& place, int head_dim,
 template <bool FETCH>
 inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_dim, float* space,
                          const float** out) {
-    const bool one_block =
-        !plane.ring && from / plane.block_size == (from + count - 1) / plane.block_size;
-    const int64_t bytes = head_dim * element_bytes(plane.element);
     Place place(plane, from);
+    const bool one_block = !plane.ring && place.token + count <= plane.block_size;
+    const int64_t bytes = head_dim * element_bytes(plane.element);
+    if (one_block && plane.element == F32) {
+        const uint8_t* x = place.x(plane);
+        for (int i = 0; i < 16; i++) {
+            out[i] = (const float*)x;
+            if (i + 1 < count) x += 4 * plane.token_stride;
+            for (int64_t line = 0; FETCH && line < bytes; line += 64) prefetch(x + 4096 + line);
+        }
+        return;
+    }
     for (int i = 0; i < 16; i++) {
         if (i >= count) {
             out[i] = out[count - 1];

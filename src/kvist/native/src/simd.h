@@ -89,6 +89,12 @@ inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; 
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+// 1 / x within an ulp for normal x and 1 / x, by two steps of Newton's: dividing takes four times as long.
+inline Floats inverse(Floats x) {
+    __m512 y = _mm512_rcp14_ps(x.v);
+    y = _mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, y, _mm512_set1_ps(1.f)), y, y);
+    return {_mm512_fmadd_ps(_mm512_fnmadd_ps(x.v, y, _mm512_set1_ps(1.f)), y, y)};
+}
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
@@ -191,6 +197,7 @@ inline Floats operator*(Floats x, Floats y) {
 inline Floats operator/(Floats x, Floats y) {
     return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
 }
+inline Floats inverse(Floats x) { return splat(1.f) / x; }
 inline Floats fma(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
@@ -335,6 +342,7 @@ inline Floats operator+(Floats a, Floats b) { KVIST_EACH(a.v[i] + b.v[i]); }
 inline Floats operator-(Floats a, Floats b) { KVIST_EACH(a.v[i] - b.v[i]); }
 inline Floats operator*(Floats a, Floats b) { KVIST_EACH(a.v[i] * b.v[i]); }
 inline Floats operator/(Floats a, Floats b) { KVIST_EACH(a.v[i] / b.v[i]); }
+inline Floats inverse(Floats x) { return splat(1.f) / x; }
 inline Floats fma(Floats a, Floats b, Floats c) { KVIST_EACH(a.v[i] * b.v[i] + c.v[i]); }
 inline Floats max(Floats a, Floats b) { KVIST_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline Floats abs(Floats a) { KVIST_EACH(__builtin_fabsf(a.v[i])); }
@@ -417,7 +425,7 @@ inline Floats exponential(Floats x) {
 }
 
 inline Floats silu(Floats x) {
-    return x / (splat(1.f) + exponential(splat(0.f) - max(splat(-87.f), x)));
+    return x * inverse(splat(1.f) + exponential(splat(0.f) - max(splat(-87.f), x)));
 }
 
 }  // namespace

@@ -20,7 +20,6 @@ struct Block {
     int row, count, sequence, position;  // position: of the first
 };
 
-constexpr int BLOCK_QUERIES = 12;
 constexpr int PHASES = 10;  // of a layer in which work is dealt out, at most
 constexpr int GROUPS = 4;  // of 16 rows of a matrix that a thread takes at a time
 
@@ -28,11 +27,11 @@ constexpr int GROUPS = 4;  // of 16 rows of a matrix that a thread takes at a ti
 class Pass {
   public:
     Pass(Model& model, Workspace& space, const StepInput& input, int first, int rows)
-        : m(model), w(space), in(input), s(model.shape), k(model.kernels), first_(first),
+        : m(model), w(space), in(input), s(model.shape), k(*model.kernels), first_(first),
           rows_(rows), threads_(model.pool.choose()), group_(s.heads / s.kv_heads),
           q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
           dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
-        const int together = std::max(1, BLOCK_QUERIES / group_);
+        const int together = std::max(1, k.together / group_);
         for (int b = 0; b < in.sequences; b++) {
             const int end = std::min(in.query_starts[b + 1], first + rows);
             for (int i = std::max(in.query_starts[b], first); i < end; i += together)

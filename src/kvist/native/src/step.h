@@ -60,7 +60,7 @@ struct Workspace {
 // Few rows are prepared by each thread for itself, which is cheaper than waiting for one another.
 constexpr int FEW_ROWS = 8;
 // Most rows of a pass over the weights; longer inputs take several.
-constexpr int PASS_ROWS = 512;
+constexpr int PASS_ROWS = 256;
 
 void run_step(Model& model, Workspace& space, const StepInput& input);
 

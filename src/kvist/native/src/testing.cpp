@@ -16,22 +16,28 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
     const Kernels* kernels = kernels_named(isa);
     if (!kernels) return 1;
     const Kind kind = kind_of((Stored)stored);
+    if (in_floats(kind) && kernels->for_floats) kernels = kernels->for_floats;
     Matrix matrix{nullptr, (int64_t)columns / BLOCK * block_bytes(kind), (count + 15) / 16, columns,
                   kind};
     Arena packed(matrix.groups * matrix.stride);
     matrix.data = packed.take(matrix.groups * matrix.stride);
     Pool pool(1, {});
-    pack(pool, matrix, (Stored)stored, matrix_rows, count);
+    pack(pool, kernels->tiles, matrix, (Stored)stored, matrix_rows, count);
     const int64_t room = ((int64_t)rows + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
     const int64_t blocks = room * (columns / BLOCK);
     std::vector<int8_t> q(room * columns);
     std::vector<float> scale(blocks), sum(blocks);
     std::vector<int32_t> isum(blocks);
     std::vector<float> floats(in_floats(kind) ? rows * columns : 0);
-    Arena arena(scratch_bytes(columns, rows));
+    Arena arena(scratch_bytes(columns, rows) + room * columns * 2);
     void* scratch = arena.take(scratch_bytes(columns, rows));
-    const Activations to{q.data(), scale.data(), sum.data(), isum.data(),
-                         floats.empty() ? nullptr : floats.data(), columns};
+    const Activations to{q.data(),
+                         scale.data(),
+                         sum.data(),
+                         isum.data(),
+                         floats.empty() ? nullptr : floats.data(),
+                         (uint16_t*)arena.take(room * columns * 2),
+                         columns};
     for (int r = 0; r < rows; r++) kernels->quantise(x + (int64_t)r * columns, to, r);
     kernels->linear(matrix, 0, matrix.groups, to, rows, out, (int64_t)matrix.groups * LANES, false,
                     scratch);

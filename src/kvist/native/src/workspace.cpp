@@ -19,12 +19,24 @@ class Cutter {
     int64_t used_ = 0;
 };
 
-Activations cut_activations(Cutter& cutter, int64_t rows, int32_t columns, bool floats) {
-    if (floats) return {nullptr, nullptr, nullptr, nullptr, cutter.take<float>(rows * columns), columns};
+Activations cut_activations(Cutter& cutter, int64_t rows, int32_t columns, const Model& model) {
+    Activations cut{};
+    cut.columns = columns;
+    if (in_floats(model.head.kind)) {  // as all matrices are, or none
+        cut.floats = cutter.take<float>(rows * columns);
+        return cut;
+    }
     rows = (rows + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
+    if (model.kernels->tiles) {
+        cut.tiles = cutter.take<uint16_t>(rows * columns);
+        return cut;
+    }
     const int64_t blocks = rows * (columns / BLOCK);
-    return {cutter.take<int8_t>(rows * columns), cutter.take<float>(blocks),
-            cutter.take<float>(blocks), cutter.take<int32_t>(blocks), nullptr, columns};
+    cut.q = cutter.take<int8_t>(rows * columns);
+    cut.scale = cutter.take<float>(blocks);
+    cut.sum = cutter.take<float>(blocks);
+    cut.isum = cutter.take<int32_t>(blocks);
+    return cut;
 }
 
 void cut(Workspace& space, Cutter& cutter, const Model& model) {
@@ -34,17 +46,16 @@ void cut(Workspace& space, Cutter& cutter, const Model& model) {
     const int32_t narrow = s.hidden > q_size ? s.hidden : (int32_t)q_size;
     const int32_t widest = narrow > s.intermediate ? narrow : s.intermediate;
     const int64_t rows = space.rows;
-    const bool floats = in_floats(model.head.kind);  // as all matrices are, or none
     space.x = cutter.take<float>(rows * s.hidden);
     space.projected = cutter.take<float>(rows * (q_size + 2 * kv_size));
     space.attended = cutter.take<float>(rows * q_size);
     space.rotation = cutter.take<float>(rows * s.head_dim);
     space.parts = cutter.take<float>(space.spans * s.heads * part_record(s.head_dim));
-    space.shared = cut_activations(cutter, rows, narrow, floats);
-    space.intermediate = cut_activations(cutter, rows, s.intermediate, floats);
+    space.shared = cut_activations(cutter, rows, narrow, model);
+    space.intermediate = cut_activations(cutter, rows, s.intermediate, model);
     space.own.clear(), space.scratch.clear();
     for (int t = 0; t < threads; t++) {
-        space.own.push_back(cut_activations(cutter, FEW_ROWS, narrow, floats));
+        space.own.push_back(cut_activations(cutter, FEW_ROWS, narrow, model));
         space.scratch.push_back(cutter.take<uint8_t>(scratch_bytes(widest, rows)));
     }
 }

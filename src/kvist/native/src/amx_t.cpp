@@ -1,0 +1,384 @@
+// Quantised weights on matrix units (AMX), for one row and for many.
+//
+// Weights are spread out to bfloat16, activations rounded to it, sums are float32. The unit adds up
+// blocks of 32 products in one order, whatever stands in the other columns of its tiles: a row's bits
+// do not depend on the rows beside it, nor on how many tiles of rows meet a tile of weights.
+//
+// A block of a group of weights is one operand: 16 rows, 64 bytes each. Activations are the other: a
+// tile holds 16 rows of them, dword [column / 2][row] being two columns. So products come out with the
+// group's rows down and the activations' across.
+#include "kernels.h"
+
+#include <algorithm>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "linear.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int TILE_BYTES = 1024;
+constexpr int CHUNK = 3;  // blocks that are spread out before the unit meets them
+
+struct alignas(64) TileShapes {  // 0-3 sums, 4 and 5 weights, 6 and 7 activations
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The unit's shapes while this lives: activations are one column of their tiles, or up to 16.
+class Tiles {
+  public:
+    explicit Tiles(int rows) {
+        if (rows == 1)
+            for (int tile = 0; tile < 8; tile++)
+                if (tile != 4 && tile != 5) shapes_.bytes_per_row[tile] = 4;
+        asm volatile("" : : "r"(&shapes_) : "memory");  // the intrinsic does not say what it reads
+        _tile_loadconfig(&shapes_);
+    }
+    ~Tiles() { _tile_release(); }
+
+  private:
+    TileShapes shapes_;
+};
+
+// Read from memory from here on: loads spread a value over all lanes for nothing, shuffles do not.
+inline void in_memory(float (&values)[LANES]) { asm("" : "+m"(values)); }
+
+// A block of a group -> 16 rows of 32 bfloat16. A nibble chooses from the upper halves of the 16
+// floats, rounded, that it may stand for.
+inline void spread_q4(const uint8_t* w, uint8_t* to) {
+    const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi16(1);
+    alignas(64) float d[LANES], m[LANES];
+    store(d, load_half(w + 256));
+    store(m, load_half(w + 288));
+    in_memory(d), in_memory(m);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+        const __m512i words = _mm512_loadu_si512(w + 64 * v);
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) {
+            const int r = 4 * v + t;
+            const __m512 exact = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[r]), _mm512_set1_ps(m[r]));
+            const __m512i table = _mm512_add_epi32((__m512i)exact, half);
+            const __m512i choice = t ? _mm512_srli_epi16(words, 4 * t - 1) : _mm512_slli_epi16(words, 1);
+            _mm512_store_si512(to + 64 * r,
+                               _mm512_permutexvar_epi16(_mm512_or_si512(choice, upper), table));
+        }
+    }
+}
+
+inline void spread_q8(const uint8_t* w, uint8_t* to) {
+    alignas(64) float d[LANES];
+    store(d, load_half(w + 512));
+    in_memory(d);
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++) {
+        const int8_t* q = (const int8_t*)w + 32 * r;
+        const Floats scale = splat(d[r]);
+        _mm512_store_si512(to + 64 * r, (__m512i)_mm512_cvtne2ps_pbh((load_i8(q + 16) * scale).v,
+                                                                     (load_i8(q) * scale).v));
+    }
+}
+
+template <Kind KIND> constexpr int BYTES = KIND == Q4 ? Q4_BLOCK : Q8_BLOCK;
+
+// Two groups that the unit meets together.
+struct Groups {
+    const uint8_t* w;
+    int64_t stride;  // from one to the other
+};
+
+// Blocks [begin, end) of both -> tiles [block][group].
+template <Kind KIND> inline void spread(const Groups& groups, int begin, int end, uint8_t* to) {
+    for (int b = begin; b < end; b++)
+        for (int g = 0; g < 2; g++, to += TILE_BYTES) {
+            const uint8_t* w = groups.w + g * groups.stride + b * BYTES<KIND>;
+            // What comes in this place the next time, from memory into the second cache.
+            for (int i = 0; i < BYTES<KIND>; i += 64)
+                _mm_prefetch((const char*)w + 2 * groups.stride + i, _MM_HINT_T1);
+            if (KIND == Q4) spread_q4(w, to);
+            else spread_q8(w, to);
+        }
+}
+
+inline uint8_t* tile_of(const Activations& x, int row, int block) {
+    return (uint8_t*)x.tiles + ((int64_t)(row / 1024) * (x.columns / BLOCK) + block) * TILE_BYTES;
+}
+
+// Sums of two groups and of one or two tiles of rows go on over a block.
+template <int TILES>
+inline void multiply(const uint8_t* weights, const Activations& x, int row, int block) {
+    _tile_loadd(4, weights, 64);
+    _tile_loadd(6, tile_of(x, row, block), 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, weights + TILE_BYTES, 64);
+    _tile_dpbf16ps(1, 5, 6);
+    if (TILES == 1) return;
+    _tile_loadd(7, tile_of(x, row + ROW_TILE, block), 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Sums of two groups, [lane][row] of each: two for one tile of rows, then two for the next.
+struct Sums {
+    alignas(64) float tiles[4][256];
+
+    void take(int rows) {
+        const int64_t ld = rows == 1 ? 4 : 64;
+        _tile_stored(0, tiles[0], ld);
+        _tile_stored(1, tiles[1], ld);
+        if (rows <= ROW_TILE) return;
+        _tile_stored(2, tiles[2], ld);
+        _tile_stored(3, tiles[3], ld);
+    }
+};
+
+// Two groups times all rows, two tiles of these at a time. `finish.part(sums, row, rows, i)` for all i
+// below `finish.parts(rows)` does something with what comes out for `rows` rows from `row` on; it is
+// called while the unit is busy with the rows after them.
+template <Kind KIND, typename Finish>
+void two_groups(const Groups& groups, const Activations& x, int rows, uint8_t* scratch, Finish finish) {
+    constexpr int STEP = 2 * TILE_BYTES;
+    const int blocks = x.columns / BLOCK;
+    if (rows <= 2 * ROW_TILE) {  // weights are spread out as they are used
+        Sums sums;
+        zero_sums();
+        spread<KIND>(groups, 0, std::min(CHUNK, blocks), scratch);
+        for (int b = 0; b < blocks; b += CHUNK) {
+            const int end = std::min(b + CHUNK, blocks), turn = b / CHUNK % 2;
+            spread<KIND>(groups, end, std::min(end + CHUNK, blocks), scratch + (turn ^ 1) * CHUNK * STEP);
+            const uint8_t* weights = scratch + turn * CHUNK * STEP;
+            for (int i = b; i < end; i++, weights += STEP) {
+                if (rows <= ROW_TILE) multiply<1>(weights, x, 0, i);
+                else multiply<2>(weights, x, 0, i);
+            }
+        }
+        sums.take(rows);
+        for (int i = 0; i < finish.parts(rows); i++) finish.part(sums, 0, rows, i);
+        return;
+    }
+ if(scratch==nullptr)spread<KIND>(groups, 0, blocks, scratch);
+    Sums sums[2];
+    for (int row = 0, before = 0; row < rows; row += 2 * ROW_TILE) {
+        const int now = std::min(rows - row, 2 * ROW_TILE), parts = before ? finish.parts(before) : 0;
+        const Sums& done = sums[row / (2 * ROW_TILE) % 2 ^ 1];
+        zero_sums();
+        for (int b = 0, i = 0; b < blocks; b++) {
+            if (now > ROW_TILE) multiply<2>(scratch + b * STEP, x, row, b);
+            else multiply<1>(scratch + b * STEP, x, row, b);
+            for (; i * blocks < parts * (b + 1) && i < parts; i++)
+                if(0) finish.part(done, row - 2 * ROW_TILE, before, i);
+        }
+        sums[row / (2 * ROW_TILE) % 2].take(0);
+        before = now;
+        if (row + now < rows) continue;
+        for (int i = 0; i < finish.parts(now); i++)
+            if(0)finish.part(sums[row / (2 * ROW_TILE) % 2], row, now, i);
+    }
+}
+
+inline void transpose(__m512* v) {
+    __m512 a[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = (__m512)_mm512_unpacklo_pd((__m512d)a[i], (__m512d)a[i + 2]);
+        v[i + 1] = (__m512)_mm512_unpackhi_pd((__m512d)a[i], (__m512d)a[i + 2]);
+        v[i + 2] = (__m512)_mm512_unpacklo_pd((__m512d)a[i + 1], (__m512d)a[i + 3]);
+        v[i + 3] = (__m512)_mm512_unpackhi_pd((__m512d)a[i + 1], (__m512d)a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_f32x4(v[i], v[4 + i], 0x88);
+        a[4 + i] = _mm512_shuffle_f32x4(v[i], v[4 + i], 0xdd);
+        a[8 + i] = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0x88);
+        a[12 + i] = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_f32x4(a[i], a[8 + i], 0x88);
+        v[8 + i] = _mm512_shuffle_f32x4(a[i], a[8 + i], 0xdd);
+        v[4 + i] = _mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0x88);
+        v[12 + i] = _mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0xdd);
+    }
+}
+
+// A tile's sums [lane][row] -> out[row * ld + lane], stored or added.
+inline void put(const float* sums, int rows, float* out, int64_t ld, bool add, bool one) {
+    if (one) {
+        const Floats y = load(sums);
+        store(out, add ? load(out) + y : y);
+        return;
+    }
+    __m512 v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums + 16 * i);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) {
+        if (r == rows) return;
+        float* to = out + r * ld;
+        store(to, add ? load(to) + Floats{v[r]} : Floats{v[r]});
+    }
+}
+
+// Sums go to rows of floats.
+struct ToRows {
+    float* out;
+    int64_t ld;
+    bool add, two, one;  // whether the second group is one; whether there is but one row in all
+
+    int parts(int rows) const { return rows <= ROW_TILE ? 2 : 4; }
+    void part(const Sums& sums, int row, int rows, int i) const {
+        if (i % 2 && !two) return;
+        const int tile = i / 2 * ROW_TILE;
+        put(sums.tiles[i], rows - tile, out + (row + tile) * ld + i % 2 * LANES, ld, add, one);
+    }
+};
+
+template <Kind KIND>
+void linear_of(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
+               int64_t ld, bool add, uint8_t* scratch) {
+    for (int g = begin; g < end; g += 2) {
+        const bool two = g + 1 < end;  // else the last is met twice
+        const Groups groups{matrix.data + g * matrix.stride, two ? matrix.stride : 0};
+        two_groups<KIND>(groups, x, rows, scratch, ToRows{out + (int64_t)g * LANES, ld, add, two, rows == 1});
+    }
+}
+
+// 32 values of one row -> a block of its tile.
+inline void put_row_block(Floats low, Floats high, const Activations& to, int row, int block) {
+    const __m512i places = _mm512_slli_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
+    int32_t* at = (int32_t*)tile_of(to, row, block) + row % ROW_TILE;
+    _mm512_i32scatter_epi32(at, places, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v), 4);
+}
+
+// Gate and up of 16 hidden units become half a block of the activations that follow.
+struct ToHidden {
+    const Activations& to;
+    int block, half;
+    bool one;  // row in all
+
+    int parts(int rows) const { return one ? 1 : rows <= ROW_TILE ? 8 : 16; }
+    void part(const Sums& sums, int row, int, int i) const {
+        alignas(64) static constexpr uint16_t IN_TURN[32] = {
+            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        if (one) {
+            alignas(64) float hidden[LANES];
+            store(hidden, silu(load(sums.tiles[0])) * load(sums.tiles[1]));
+            const __m512 pairs = _mm512_load_ps(hidden);
+            const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(pairs);
+            int32_t* at = (int32_t*)tile_of(to, row, block) + half * 8 * ROW_TILE + row % ROW_TILE;
+            alignas(32) int32_t two[8];
+            _mm256_store_si256((__m256i*)two, rounded);
+            for (int pair = 0; pair < 8; pair++) at[pair * ROW_TILE] = two[pair];
+            return;
+        }
+        const float *gate = sums.tiles[i / 8 * 2] + i % 8 * 2 * ROW_TILE;
+        const float *up = sums.tiles[i / 8 * 2 + 1] + i % 8 * 2 * ROW_TILE;
+        const Floats even = silu(load(gate)) * load(up);
+        const Floats odd = silu(load(gate + ROW_TILE)) * load(up + ROW_TILE);
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+        _mm512_store_si512(tile_of(to, row + i / 8 * ROW_TILE, block) + 64 * (half * 8 + i % 8),
+                           _mm512_permutexvar_epi16(_mm512_load_si512(IN_TURN), both));
+    }
+};
+
+// Groups of gate and up lie in turn: see Model::lay_out.
+template <Kind KIND>
+void gate_up_of(const Matrix& gate, int begin, int end, const Activations& x, int rows,
+                const Activations& to, uint8_t* scratch) {
+    for (int block = begin; block < end; block++)
+        for (int half = 0; half < 2; half++) {
+            const Groups groups{gate.data + (2 * block + half) * gate.stride, gate.stride / 2};
+            two_groups<KIND>(groups, x, rows, scratch, ToHidden{to, block, half, rows == 1});
+        }
+}
+
+void linear_on_tiles(const Matrix& matrix, int begin, int end, const Activations& x, int rows,
+                     float* out, int64_t ld, bool add, void* scratch) {
+    if (in_floats(matrix.kind))
+        return kernels_avx512()->linear(matrix, begin, end, x, rows, out, ld, add, scratch);
+    const Tiles tiles(rows);
+    const auto multiply = matrix.kind == Q4 ? linear_of<Q4> : linear_of<Q8>;
+    multiply(matrix, begin, end, x, rows, out, ld, add, (uint8_t*)scratch);
+}
+
+void gate_up_on_tiles(const Matrix& gate, const Matrix& up, int begin, int end,
+                      const Activations& x, int rows, const Activations& to, void* scratch) {
+    if (in_floats(gate.kind))
+        return kernels_avx512()->gate_up(gate, up, begin, end, x, rows, to, scratch);
+    if (gate.kind != up.kind)
+        return gate_up_with(linear_on_tiles, put_row_block, gate, up, begin, end, x, rows, to, scratch);
+    const Tiles tiles(rows);
+    const auto multiply = gate.kind == Q4 ? gate_up_of<Q4> : gate_up_of<Q8>;
+    multiply(gate, begin, end, x, rows, to, (uint8_t*)scratch);
+}
+
+void round_row(const float* x, const Activations& to, int row) {
+    if (to.floats) return kernels_avx512()->quantise(x, to, row);
+    for (int b = 0; b < to.columns / BLOCK; b++, x += BLOCK)
+        put_row_block(load(x), load(x + 16), to, row, b);
+}
+
+void norm_and_round_row(const float* x, const float* weight, float eps, const Activations& to, int row) {
+    if (to.floats) return kernels_avx512()->norm_quantise(x, weight, eps, to, row);
+    const Floats factor = splat(norm_factor(x, eps, to.columns));
+    for (int b = 0; b < to.columns / BLOCK; b++, x += BLOCK, weight += BLOCK)
+        put_row_block(load(x) * factor * load(weight), load(x + 16) * factor * load(weight + 16), to,
+                      row, b);
+}
+
+// Linux grants the unit's state to a process that asks.
+bool granted() {
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+}  // namespace
+
+namespace kvist {
+
+const Kernels* kernels_amx() {
+    static const Kernels* const found = []() -> const Kernels* {
+        // Leaf 7, EDX: bit 22 AMX-BF16, 24 tiles. Such processors have AVX512-BF16, too.
+        uint32_t a, b, c, d;
+        asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+        if (!(d >> 22 & 1) || !(d >> 24 & 1) || !granted()) return nullptr;
+        static Kernels table = *kernels_avx512();
+        table.name = "amx";
+        table.tiles = true;
+        table.quantise = round_row;
+        table.norm_quantise = norm_and_round_row;
+        table.linear = linear_on_tiles;
+        table.gate_up = gate_up_on_tiles;
+        return &table;
+    }();
+    return found;
+}
+
+}  // namespace kvist
+
+#else  // another system, or a compiler that does not know the unit
+
+const kvist::Kernels* kvist::kernels_amx() { return nullptr; }
+
+#endif
