@@ -65,7 +65,7 @@ AT_THE_HEAD = {
 
 # Packages whose name is not that of the module, and what comes with another package.
 DISTRIBUTIONS = {"PIL": "pillow", "prometheus_client": "prometheus-client"}
-COMES_WITH = {"triton": "torch", "markdown_it": "rich", "starlette": "fastapi"}
+COMES_WITH = {"triton": "torch", "cuda": "torch", "markdown_it": "rich", "starlette": "fastapi"}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvist.attention import attend
+from kvist.attention.kernels import compiled
 from kvist.attention.kernels.launch import CROWD, CROWDED, SPLITS, THRONGED, Splits
 from kvist.cache import Batch, make_codec
 from kvist.cache.paged import PagedPool
@@ -148,6 +149,36 @@ def test_a_crowd_of_sequences_equals_the_reference(device):
     assert difference(binding, 2, 16, torch.float32) < 1e-4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="decode.cu runs on a GPU only")
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "k8v4"])
+@pytest.mark.parametrize("heads", [8, 16, 32])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_the_compiled_kernel_equals_the_reference(name, heads, block_size, device):
+    cached = [0, 14, 15, 16, 31, 63, 64, 65, 127, 128, 255, 256, 700, 1500, 1, 2, 3, 300]
+    binding = bound(
+        make_codec(name, torch.bfloat16),
+        AttentionSpec(8, 128),
+        cached,
+        [1] * len(cached),
+        device,
+        torch.bfloat16,
+        block_size,
+    )
+    compiled._load.cache_clear()
+    assert difference(binding, heads, 128, torch.bfloat16) < 5e-2
+    assert compiled._load.cache_info().misses == 1, "it was not asked"
+    ragged = bound(
+        make_codec(name, torch.bfloat16),
+        AttentionSpec(8, 128),
+        cached,
+        [1, 5] * (len(cached) // 2),
+        device,
+        torch.bfloat16,
+        block_size,
+    )
+    assert difference(ragged, heads, 128, torch.bfloat16) < 5e-2
+
+
 def test_a_sequence_has_the_same_bits_with_and_without_neighbours(device):
     spec, q = AttentionSpec(1, 16), torch.randn(3, 2, 16, device=device)
     codec = make_codec("plain", torch.float32)
@@ -173,7 +204,11 @@ def _in_blocks(tokens: Tensor, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "splits", [SPLITS, CROWDED, THRONGED, Splits(16, 32, 4), Splits(32, 256, 8)]
+    "splits",
+    [
+        *(SPLITS, CROWDED, THRONGED, compiled.SPLITS, compiled.CROWDED, compiled.THRONGED),
+        *(Splits(16, 32, 4), Splits(32, 256, 8)),
+    ],
 )
 def test_most_splits_is_never_exceeded(splits):
     for limit in (1, 15, 16, 17, 63, 300, 1024, 1025, 5000):

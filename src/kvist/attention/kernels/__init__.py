@@ -32,7 +32,7 @@ def read_formats(
 ) -> tuple[Format, Format] | None:
     """A layer's keys and values as kernels read them, or None where they cannot.
 
-    They can where head_dim is a power of two from 16 on.
+    They can where head_dim is a power of two from 16 on, of integers from 32.
     """
     size = spec.head_dim
     if size < 16 or size & (size - 1):
@@ -64,6 +64,7 @@ def triton_attention(
     *,
     dependent: bool = False,
     encoding: Encoding | None = None,
+    formats: tuple[Format, Format] | None = None,
 ) -> Tensor:
     """Shapes as in `attend`.
 
@@ -73,7 +74,9 @@ def triton_attention(
         scale: factor of the scores.
         dependent: whether the decode kernels may start before the kernel before them has ended.
         encoding: how the layer is written, where kernels know it.
+        formats: of its planes, where they are known already.
     """
+    from kvist.attention.kernels import compiled
     from kvist.attention.kernels.launch import (
         Pages,
         Workspace,
@@ -86,7 +89,7 @@ def triton_attention(
     )
 
     assert isinstance(kv, PagedKV)
-    formats = _formats(kv)
+    formats = formats or _formats(kv)
     assert formats is not None
     batch, heads = kv.batch, q.shape[1]
     pages = Pages(*formats, kv.spec, kv.block_size, kv.block_table, kv.kv_lens, kv.query_starts)
@@ -96,7 +99,13 @@ def triton_attention(
     singles = [n for n, new in zip(batch.kv_lens, batch.query_lens, strict=True) if new == 1]
     ragged = len(singles) < batch.num_sequences
     back = encoding is not None and encoding.values_rotated and not ragged
-    if singles:
+    if singles and compiled.can_decode(q, pages, rotate=back):
+        most = most_splits(pages, singles, compiled.splits_for(batch.num_sequences))
+        key = ("compiled decode", heads, kv.spec.num_kv_heads, most)
+        if key not in kv.memo:
+            kv.memo[key] = compiled.make_plan(pages, heads, most, ragged=ragged)
+        compiled.decode(q, pages, out, kv.memo[key], scale, rotate=back)
+    elif singles:
         splits = splits_for(batch.num_sequences)
         most = most_splits(pages, singles, splits)
         key = ("triton decode", heads, kv.spec.head_dim, most)

@@ -39,7 +39,7 @@ def split_length(count, MIN_SPLIT: tl.constexpr, DOUBLINGS: tl.constexpr, TARGET
     return length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"])
 def split_kernel(
     q_ptr,
     k_ptr,
@@ -160,7 +160,7 @@ def split_kernel(
         tl.store(stats_ptr + slot * 2 + 1, total, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"])
 def combine_kernel(
     partial_ptr,
     stats_ptr,
