@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvist.kernels.elementwise_kernels import norm_kernel, rotary_kernel, silu_mul_kernel
 
-FEW = 32  # tokens
+FEW, MANY = 32, 512  # tokens
+INT8 = 2  # a number format of `encode_kernels`
 
 
 def dependent_launch(dependent: bool) -> dict[str, bool]:
@@ -81,6 +82,18 @@ class Target:
         )
 
 
+def _heads_at_a_time(num_tokens: int, most: int, kind: int) -> tuple[int, int]:
+    """How many heads of a token a program takes, and by how many warps.
+
+    Few tokens are spread over as many programs as there are; for many, starting programs costs more
+    than their work. What rotates before it rounds exchanges numbers all the time, within a warp at
+    the least cost.
+    """
+    if num_tokens <= FEW:
+        return 1, 1
+    return (gcd(most, 2), 1) if kind >= INT8 and num_tokens <= MANY else (most, 4)
+
+
 def rotate_and_write(
     qkv: Tensor,
     norms: tuple[Tensor, Tensor] | None,
@@ -111,9 +124,7 @@ def rotate_and_write(
     num_tokens, heads, head_dim = q.shape
     kv_heads = keys.values.shape[1]
     q_norm, k_norm = norms or (qkv, qkv)
-    # Few tokens are spread over as many programs as there are; for many, starting programs costs
-    # more than their work, so each takes several heads.
-    rows = 1 if num_tokens <= FEW else gcd(heads, kv_heads, 8)
+    rows, warps = _heads_at_a_time(num_tokens, gcd(heads, kv_heads, 8), max(keys.kind, values.kind))
     rotary_kernel[((heads + 2 * kv_heads) // rows, num_tokens)](
         qkv,
         q_norm,
@@ -136,7 +147,7 @@ def rotate_and_write(
         V_KIND=values.kind,
         ROWS=rows,
         DEPENDENT=dependent,
-        num_warps=1 if rows == 1 else 4,
+        num_warps=warps,
         **dependent_launch(dependent),
     )
 

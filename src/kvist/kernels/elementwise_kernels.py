@@ -11,7 +11,7 @@ import triton.language as tl
 from kvist.kernels.encode_kernels import INT8, rotate_halves, store_encoded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_kernel(
     x_ptr,
     delta_ptr,

@@ -18,6 +18,9 @@ from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel, widen_ke
 from kvist.kernels.linear_kernels import ADD, SILU, STORE, gemm_kernel, gemv_kernel
 
 MOST_ROWS = 64
+# What adds to the residual stream, and SwiGLU, are fused into products of more rows where weights
+# are few enough for cuBLAS not to gain more by its tiles.
+MOST_ROWS_SMALL, SMALL = 256, 1 << 23
 MOST_ROWS_FP8 = 256  # behind which it costs less to widen the weights first
 
 
@@ -34,7 +37,7 @@ class GemvTuning:
 class GemmTuning:
     """A program's tile, how many programs share the K dimension, warps and pipeline stages.
 
-    `block_m` is for weights in fp8; elsewhere a program takes all rows of x.
+    A tile has no more rows than x.
     """
 
     block_n: int = 32
@@ -45,9 +48,15 @@ class GemmTuning:
     block_m: int = 128
 
 
-def most_rows(w: Weight, dtype: torch.dtype) -> int:
-    """Up to how many rows of this type `gemm` is the best product with such weights."""
-    whole = isinstance(w, Tensor) or w.rounds_activations or dtype == torch.float32
+def most_rows(w: Weight, dtype: torch.dtype, *, fused: bool = False) -> int:
+    """Up to how many rows of this type `gemm` is the best product with such weights.
+
+    `fused` is one that has parts for the residual stream or SwiGLU as its result.
+    """
+    if isinstance(w, Tensor):
+        small = fused and w.numel() <= SMALL and dtype != torch.float32
+        return MOST_ROWS_SMALL if small else MOST_ROWS
+    whole = w.rounds_activations or dtype == torch.float32
     return MOST_ROWS if whole else MOST_ROWS_FP8
 
 
@@ -154,7 +163,7 @@ def gemm(
     """
     tuning = tuning or GemmTuning()
     (m, k), n = x.shape, out.shape[-1]
-    block_m = max(16, triton.next_power_of_2(m))
+    block_m = min(tuning.block_m, max(16, triton.next_power_of_2(m)))
     tile: dict[str, int] = {
         "BLOCK_N": tuning.block_n,
         "BLOCK_K": min(tuning.block_k, max(16, triton.next_power_of_2(k))),
@@ -162,7 +171,6 @@ def gemm(
         "num_stages": tuning.stages,
     }
     if isinstance(w, Fp8Weight):
-        block_m = min(tuning.block_m, block_m)
         if x.dtype == torch.float32:  # no tensor cores: the compiler writes each product out
             tile |= {"BLOCK_N": min(tuning.block_n, 32), "BLOCK_K": min(tile["BLOCK_K"], 64)}
         programs = triton.cdiv(m, block_m), triton.cdiv(n, tile["BLOCK_N"]), tuning.splits
@@ -182,7 +190,7 @@ def gemm(
             **dependent_launch(dependent),
         )
         return
-    gemm_kernel[(triton.cdiv(n, tuning.block_n), tuning.splits)](
+    gemm_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, tuning.block_n), tuning.splits)](
         x,
         w,
         out,

@@ -82,7 +82,7 @@ def gemv_kernel(
     tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr,
     w_ptr,
@@ -97,10 +97,11 @@ def gemm_kernel(
     EPILOGUE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """M <= BLOCK_M rows of x. With SPLITS over one, out is `[SPLITS, M, N]`: parts to be summed."""
-    split = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    """One tile. With SPLITS over one, out is `[SPLITS, M, N]`: parts to be summed."""
+    split = tl.program_id(2)
+    # Tiles of rows are neighbours, so that weights are read from memory once.
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     PER_SPLIT: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     EVEN: tl.constexpr = (N % BLOCK_N == 0) and (K % (SPLITS * BLOCK_K) == 0)
     k = split * PER_SPLIT + tl.arange(0, BLOCK_K)

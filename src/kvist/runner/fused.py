@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from kvist.attention import attend
 from kvist.attention.kernels import (
     NAME,
+    Encoding,
     Format,
     read_encoding,
     read_formats,
-    supports,
     triton_attention,
 )
 from kvist.cache import Batch, KVCache
+from kvist.cache.block_pool import BlockPool
 from kvist.cache.codecs.rotation import rotate
 from kvist.cache.paged_view import GroupView, PagedBinding, PagedKV
 from kvist.cache.protocol import KV
@@ -50,6 +51,25 @@ class LayerWeights:
     mlp_norm: Tensor
     gate_up: Weight  # [2 * intermediate, hidden]
     down: Weight
+
+
+@dataclass(frozen=True)
+class LayerPlanes:
+    """One layer's planes as the kernels know them; None for what they do not."""
+
+    pool: BlockPool
+    formats: tuple[Format, Format] | None
+    encoding: Encoding | None
+    targets: "tuple[Target, Target] | None"
+
+    @classmethod
+    def of(cls, pool: BlockPool, layer_idx: int, head_dim: int) -> "LayerPlanes":
+        """Read them once: they stay what they are as long as the pool."""
+        formats = read_formats(pool.planes[layer_idx], pool.group.spec)
+        encoding = formats and read_encoding(pool.codec, layer_idx, head_dim)
+        if not (formats and encoding):
+            return cls(pool, formats, None, None)
+        return cls(pool, formats, encoding, (_target(formats[0]), _target(formats[1])))
 
 
 def _layer_weights(block: Block) -> LayerWeights:
@@ -127,6 +147,7 @@ class FusedStep:
         )
         self.layers = [_layer_weights(block) for block in blocks]
         self.fallback: StepFunction = model_step(lm)
+        self._layer_planes: dict[int, LayerPlanes] = {}
         self.frequencies = rope_frequencies(config.rope).to(device)
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -202,7 +223,7 @@ class FusedStep:
 
         def product(y: Tensor, w: Weight, *, residual: bool = False) -> Tensor:
             """`[rows, N]`; of a residual's few rows `[parts, rows, N]` float32."""
-            if not few:
+            if len(y) > most_rows(w, dtype, fused=residual):
                 return many_rows(y, w)
             tuning = gemm_tuning(w, len(y), residual=residual)
             shape = (y.shape[0], w.shape[0])
@@ -222,7 +243,7 @@ class FusedStep:
             out = self._attention(i, product(y, layer.qkv), rotation, cache, dependent)
             delta = product(out, layer.o, residual=True)
             rms_norm(x, layer.mlp_norm, eps, y, delta, dependent=dependent)
-            if few:
+            if len(y) <= most_rows(layer.gate_up, dtype, fused=True):
                 act = torch.empty(y.shape[0], config.intermediate_size, dtype=dtype, device=device)
                 tuning = gemm_tuning(layer.gate_up, len(y), residual=False)
                 gemm(y, layer.gate_up, act, silu=True, tuning=tuning, dependent=dependent)
@@ -250,10 +271,13 @@ class FusedStep:
         like: dict[str, Any] = {"dtype": qkv.dtype, "device": qkv.device}
         q = torch.empty(count, config.num_heads, config.head_dim, **like)
         view = _view_of(cache, layer_idx)
-        formats = read_formats(view.pool.planes[layer_idx], view.pool.group.spec)
-        encoding = formats and read_encoding(view.pool.codec, layer_idx, config.head_dim)
-        if formats and encoding:
-            keys, values = (_target(side) for side in formats)
+        planes = self._layer_planes.get(layer_idx)
+        if planes is None or planes.pool is not view.pool:
+            planes = LayerPlanes.of(view.pool, layer_idx, config.head_dim)
+            self._layer_planes[layer_idx] = planes
+        encoding = planes.encoding
+        if planes.targets:
+            keys, values = planes.targets
         else:
             room = torch.empty(2, count, config.num_kv_heads, config.head_dim, **like)
             keys, values = Target(room[0]), Target(room[1])
@@ -275,8 +299,12 @@ class FusedStep:
         else:
             kv = cache.update(keys.values, values.values, layer_idx)
         scale = config.head_dim**-0.5
-        if kv.backend in (None, NAME) and supports(kv):
-            attended = triton_attention(q, kv, scale, dependent=dependent, encoding=encoding)
+        # In the interpreter only where asked for by name, since that is slow.
+        asked = kv.backend == NAME or (kv.backend is None and q.device.type == "cuda")
+        if asked and planes.formats and isinstance(kv, PagedKV):
+            attended = triton_attention(
+                q, kv, scale, dependent=dependent, encoding=encoding, formats=planes.formats
+            )
             return attended.flatten(1)
         if encoding and encoding.keys_rotated:
             q = rotate(q)
