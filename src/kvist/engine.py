@@ -28,7 +28,7 @@ from kvist.core.scheduler import ContinuousScheduler
 from kvist.core.tables import CacheGroup
 from kvist.errors import ConfigError
 from kvist.loading.model import Model
-from kvist.runner.executors import choose_step
+from kvist.runner.executors import choose_step, executor_of
 from kvist.runner.graphs import can_record
 from kvist.runner.memory import available_memory
 from kvist.runner.runner import PagedRunner
@@ -209,6 +209,11 @@ class Engine:
     def finish(self, request_id: str, sample_index: int) -> list[Event]:
         """End one sample from outside, as a stop string does."""
         return self.scheduler.finish(request_id, sample_index)
+
+    @property
+    def executor(self) -> str:
+        """What computes decode steps now, by name (`kvist.load`'s argument)."""
+        return executor_of(self._step, self.model)
 
     @property
     def has_unfinished(self) -> bool:

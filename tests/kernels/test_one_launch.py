@@ -5,6 +5,7 @@ everywhere, and what needs nvcc alone where that is.
 """
 
 import ctypes
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from kvist.cache import Batch, make_codec
 from kvist.cache.dense import DynamicCache
 from kvist.cache.paged_cache import PagedCache
 from kvist.core.params import SamplingParams
+from kvist.engine import Engine, EngineConfig
 from kvist.errors import NotSupported
 from kvist.kernels.cuda import build, one_launch
 from kvist.kernels.cuda.one_launch import Layer, Library, Shape, Step
@@ -67,7 +69,7 @@ def test_published_shapes_fit():
     ("shape", "reason"),
     [
         (Shape(2048, 32, 8, 64, 8192, qk_norm=False), "head_dim is 64"),
-        (Shape(576, 9, 3, 128, 1536, qk_norm=False), "9 and 3 heads"),
+        (Shape(576, 9, 3, 128, 1536, qk_norm=False), "3 key heads, not 8"),
         (Shape(5120, 64, 8, 128, 25600, qk_norm=True), "64 query heads"),
         (Shape(960, 16, 8, 128, 3072, qk_norm=True), "hidden_size 960"),
         (Shape(1024, 16, 8, 128, 3000, qk_norm=True), "intermediate_size 3000"),
@@ -86,9 +88,23 @@ def test_models_off_the_gpu_keep_the_fused_step(device):
         OneLaunchStep(model, cache.pool)
 
 
+def test_the_engine_says_what_computes_its_steps(device):
+    if device.type == "cuda":
+        pytest.skip("there is a GPU")
+    lm = tiny(device, **SMALL)
+    model = Model("small", lm, None, torch.float32, device)
+    engine = Engine(model, EngineConfig(max_model_len=32, block_size=4))
+    assert engine.executor == "reference"
+    step = FusedStep(lm)
+    engine = Engine(model, EngineConfig(max_model_len=32, block_size=4), step=step)
+    assert engine.executor == "fused"
+    with pytest.raises(NotSupported, match="it needs a GPU"):
+        Engine(replace(model, executor="one-launch"), EngineConfig(max_model_len=32))
+
+
 def test_structures_are_laid_out_as_in_c():
     assert ctypes.sizeof(Layer) == 10 * 8
-    assert ctypes.sizeof(Step) == 13 * 8 + 6 * 4
+    assert ctypes.sizeof(Step) == 12 * 8 + 6 * 4 + 64 * ctypes.sizeof(Layer)
     offsets = [getattr(Step, name).offset for name, _ in Step._fields_]
     assert all(a < b for a, b in pairwise(offsets))
     assert bytes(Layer(input_norm=1, values=2))[:8] == (1).to_bytes(8, "little")
@@ -194,7 +210,7 @@ def test_logits_are_those_of_the_model_within_bfloat16(name, device):
         ]
         cache = one_row_cache(model, room, device)
         step = OneLaunchStep(model, cache.pool, wait=True)
-        assert step.variant(1, length) == "one launch"
+        assert step.variant(1, length) == "one-launch"
         ours = logits_of(step, cache, prompt, following)[1:]
         scale = expected.std()
         off, usual = (ours - expected).abs().max() / scale, (fused - expected).abs().max() / scale
@@ -225,6 +241,10 @@ def test_a_cache_that_it_wrote_is_read_by_the_fused_step(device):
     assert (found[0] - found[1]).abs().max() < 0.05 * found[0].std()
 
 
+def wait_until_compiled(engine) -> None:
+    engine._step._compiler.join()
+
+
 @on_hopper
 @pytest.mark.parametrize("graphs", [True, False])
 def test_greedy_tokens_are_those_of_the_fused_step_but_for_ties(graphs, device):
@@ -234,7 +254,10 @@ def test_greedy_tokens_are_those_of_the_fused_step_but_for_ties(graphs, device):
     for executor in ("fused", "one-launch"):
         model = Model("small", lm, None, torch.bfloat16, device, executor=executor)
         llm = LLM(model, max_num_seqs=1, max_model_len=256, block_size=16, graphs=graphs)
+        if executor == "one-launch":
+            wait_until_compiled(llm.engine)
         found.append(llm.generate([list(range(3, 120))], params)[0])
+        assert llm.engine.executor == executor
     ours, expected = found[1], found[0]
     for i, (a, b) in enumerate(zip(ours.token_ids, expected.token_ids, strict=True)):
         if a != b:

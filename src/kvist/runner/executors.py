@@ -19,7 +19,7 @@ from kvist.errors import ConfigError, NotSupported
 from kvist.models.decoder import Decoder
 from kvist.runner.step import StepFunction, model_step
 
-__all__ = ["EXECUTORS", "Executable", "choose_step"]
+__all__ = ["EXECUTORS", "Executable", "choose_step", "executor_of"]
 
 
 class Executable(Protocol):
@@ -37,6 +37,10 @@ class Executable(Protocol):
     def native(self) -> StepFunction | None:
         """Its step in native code, where it was loaded for that."""
 
+    @property
+    def executor(self) -> str:
+        """The name that it was loaded with."""
+
 
 def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> StepFunction:
     """The step function of this name for a model.
@@ -44,7 +48,8 @@ def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> 
     Args:
         name: "auto" takes the fastest that can run here; "reference" is the model's own forward,
             "native" the compiled library on a CPU, "fused" kernels and graphs on a GPU,
-            "one-launch" those, with decode steps of one sequence in one launch,
+            "one-launch" those, with decode steps of one sequence in one launch as soon as that is
+            compiled,
             "deterministic" gives each token the same bits in any batch and chunk.
         model: whose weights.
         pool: the paged pool that all batches will be bound to; None for other caches.
@@ -63,6 +68,20 @@ def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> 
         with suppress(NotSupported):  # biases, experts, or a GPU that kernels do not know
             return _fused(model, pool)
     return model_step(model.lm)
+
+
+def executor_of(step: StepFunction, model: Executable) -> str:
+    """The name of what computes decode steps now: a step may begin with another executor's."""
+    from kvist.runner.fused import FusedStep
+    from kvist.runner.one_launch import OneLaunchStep
+
+    if isinstance(step, OneLaunchStep):
+        return step.executor
+    if isinstance(step, FusedStep):
+        return "fused"
+    if isinstance(step, _WithFallback) or step is model.native:
+        return "native"
+    return "reference" if model.executor == "auto" else model.executor
 
 
 def _reference(model: Executable, pool: PagedPool | None) -> StepFunction:
@@ -86,17 +105,7 @@ def _one_launch(model: Executable, pool: PagedPool | None) -> StepFunction:
 
     if pool is None:
         raise NotSupported("steps in one launch read a paged pool; run this through kvist.LLM")
-    return OneLaunchStep(model.lm, pool, wait=True)
-
-
-def _fastest_fused(model: Executable, pool: PagedPool) -> StepFunction:
-    from kvist.runner.one_launch import OneLaunchStep
-
-    try:
-        return OneLaunchStep(model.lm, pool)
-    except NotSupported as error:
-        logging.getLogger("kvist").debug("%s; decoding by fused kernels", error)
-        return _fused(model, pool)
+    return OneLaunchStep(model.lm, pool)
 
 
 def _deterministic(model: Executable, pool: PagedPool | None) -> StepFunction:

@@ -3,13 +3,12 @@
 The kernel (`kernels/cuda/one_launch.cu`) reads the same weights and the same pages as the fused
 kernels and leaves its logits where they would, so the two take turns freely. It is compiled beside
 serving, when nobody waits for it; until then, and whatever it does not fit, the fused kernels run.
-Chosen by `executors.py`.
+Made by `executors.py` where it is asked for.
 """
 
 import logging
 import threading
 from collections.abc import Iterable
-from ctypes import sizeof
 
 import torch
 from torch import Tensor
@@ -19,13 +18,22 @@ from kvist.cache.codecs.plain import Plain
 from kvist.cache.paged import PagedPool
 from kvist.cache.paged_view import PagedBinding
 from kvist.errors import NotSupported
-from kvist.kernels.cuda.build import compiled
-from kvist.kernels.cuda.one_launch import SOURCE, SPIN_LIMIT, Layer, Library, Shape, Step
+from kvist.kernels.cuda.build import compiled, compiled_before, find_nvcc
+from kvist.kernels.cuda.one_launch import (
+    ABSENT,
+    LONGEST,
+    MOST_LAYERS,
+    SOURCE,
+    SPIN_LIMIT,
+    Layer,
+    Library,
+    Shape,
+    Step,
+)
 from kvist.models.decoder import Decoder
 from kvist.runner.fused import FusedStep, LayerWeights
 
 ARCH = "sm_90"  # the one that it was measured on
-LONGEST = 4096  # keys up to which it was faster than the fused kernels
 log = logging.getLogger("kvist")
 
 
@@ -49,7 +57,7 @@ class OneLaunchStep(FusedStep):
         lm: a dense decoder without biases in bfloat16, of a shape that the kernel fits.
         pool: the plain bfloat16 pool that batches will be bound to; one group of layers that keep
             all their tokens.
-        wait: compile now, and refuse where that fails.
+        wait: until it is compiled, and refuse where that fails.
 
     Raises:
         NotSupported: the kernel does not fit, for the reason given; use `FusedStep`.
@@ -61,9 +69,11 @@ class OneLaunchStep(FusedStep):
         self.shape = shape_of(lm)
         reason = (
             self.shape.refusal()
+            or _refused_depth(len(self.layers))
             or _refused_device(pool.device)
             or _refused_pool(pool, self.shape)
             or _refused_weights(self)
+            or _refused_build(self.shape)
         )
         if reason:
             raise NotSupported(f"no decode step in one launch: {reason}")
@@ -84,10 +94,15 @@ class OneLaunchStep(FusedStep):
         """Whether steps go in one launch from now on."""
         return self._library is not None and self._failure is None
 
+    @property
+    def executor(self) -> str:
+        """What computes decode steps of one sequence now."""
+        return "one-launch" if self.ready else "fused"
+
     def variant(self, rows: int, context: int) -> str:
         """What computes a decode step of so many rows, each of up to so many keys."""
         one = rows == 1 and context <= LONGEST and self.ready
-        return "one launch" if one else super().variant(rows, context)
+        return "one-launch" if one else super().variant(rows, context)
 
     def raw(self, batch: Batch, cache: KVCache) -> Tensor:
         """See `FusedStep.raw`."""
@@ -99,7 +114,7 @@ class OneLaunchStep(FusedStep):
     def _takes(self, batch: Batch, cache: KVCache) -> bool:
         return (
             batch.num_tokens == batch.num_sequences == len(batch.logit_rows) == 1
-            and self.variant(1, batch.kv_lens[0]) == "one launch"
+            and self.variant(1, batch.kv_lens[0]) == "one-launch"
             and batch.embeddings is None
             and batch.rope_positions is None
             and isinstance(cache, PagedBinding)
@@ -131,37 +146,34 @@ class OneLaunchStep(FusedStep):
                 library.prepare(self.shape)
             self._library = library
         except NotSupported as error:
-            log.debug("no decode step in one launch: %s", error)
+            log.warning("no decode step in one launch: %s; fused kernels run instead", error)
             self._failure = error
 
     @torch.inference_mode(False)
     def _describe(self, pool: PagedPool) -> Step:
         """All of a step that stays the same."""
         device, head, embedding = pool.device, self.lm.lm_head, self.lm.model.embed_tokens
-        rows = [
-            bytes(_layer(layer, self._planes[i]["key"]["x"], self._planes[i]["value"]["x"]))
+        layers = [
+            _layer(layer, self._planes[i]["key"]["x"], self._planes[i]["value"]["x"])
             for i, layer in enumerate(self.layers)
         ]
-        words = self.shape.exchange_words(len(rows))
-        # Kept here for as long as a launch may read them.
-        self._layers = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).to(device)
-        self._exchange = torch.full((words,), -1, dtype=torch.int32, device=device)
+        words = self.shape.layer_words * len(layers)
+        self._exchange = torch.full((words,), ABSENT, dtype=torch.int32, device=device)
         self._epoch = torch.zeros(1, dtype=torch.int32, device=device)
-        assert self._layers.numel() == len(rows) * sizeof(Layer)
         return Step(
-            layers=self._layers.data_ptr(),
             embedding=embedding.weight.data_ptr(),
             norm=self.lm.model.norm.weight.data_ptr(),
             head=head.weight.data_ptr(),
             frequencies=self.frequencies.data_ptr(),
             exchange=self._exchange.data_ptr(),
             epoch=self._epoch.data_ptr(),
-            num_layers=len(rows),
+            num_layers=len(layers),
             vocab=self.config.vocab_size,
             block_size=pool.block_size,
             spin_limit=SPIN_LIMIT,
             eps=self.config.rms_norm_eps,
             rotation_scale=self.config.rope.attention_factor,
+            layers=(Layer * MOST_LAYERS)(*layers),
         )
 
 
@@ -179,6 +191,16 @@ def _refused_device(device: torch.device) -> str | None:
         return f"it needs a GPU, not {device}"
     capability = torch.cuda.get_device_capability(device)
     return None if capability == (9, 0) else f"it runs on compute capability 9.0, not {capability}"
+
+
+def _refused_build(shape: Shape) -> str | None:
+    if find_nvcc() or compiled_before(SOURCE, shape.defines(), ARCH):
+        return None
+    return "there is no nvcc to compile it with; install the CUDA toolkit or set CUDA_HOME"
+
+
+def _refused_depth(layers: int) -> str | None:
+    return None if layers <= MOST_LAYERS else f"{layers} layers, more than {MOST_LAYERS}"
 
 
 def _refused_pool(pool: PagedPool, shape: Shape) -> str | None:

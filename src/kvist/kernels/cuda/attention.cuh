@@ -1,20 +1,14 @@
-// Attention of one token in one cluster: positions are dealt out to its blocks in turn, half a warp
-// a position, and each block sends its part of the output to all.
+// Attention of one token in one team: positions are dealt out to its members in turn, half a warp a
+// position, and each member publishes its part of the output.
 #pragma once
 #include "shape.cuh"
 
 namespace kvist {
 
-// Where a thread stands, and what the step is about.
-struct Place {
-  int warp, lane;
-  uint32_t cluster, rank;
-};
-
 constexpr int GROUPS = Q_HEADS == 4 ? 2 : 1;   // of query heads; a half warp has one of them
 constexpr int EACH = Q_HEADS / GROUPS;
 constexpr int AT_ONCE = 2 * WARPS / GROUPS;           // positions of a block that are looked at together
-constexpr int DEPTH = 2;                       // of which so many rounds are read ahead
+constexpr int DEPTH = 1;                       // of which so many rounds are read ahead
 constexpr float NOTHING = -1e30f;              // a maximum of no scores
 
 struct Eight {  // channels 4i .. 4i + 3 and 64 + 4i .. of a head: rotary pairs them
@@ -32,44 +26,49 @@ struct Eight {  // channels 4i .. 4i + 3 and 64 + 4i .. of a head: rotary pairs 
 
 // Everything of a step's attention that is the same in all layers.
 struct Attention {
-  const int32_t *table;
-  int block_size, cached, count, half, first, group, lane16, kv_head;
-  int new_round;      // in which this half warp has the new token, or -1
-  int64_t new_place;
+  int cached, count;   // keys in the cache; positions of this block, the new one's included
+  int first, group;    // of the positions and heads, this half warp's
+  int lane16, team;
+  int active;          // warps that have a position
+  int new_round;       // in which this half warp has the new token, or -1
+  int new_place;
   float eps;
 
-  __device__ Attention(const int32_t *table, int block_size, int length, int64_t new_place,
-                       float eps, const Place &at)
-      : table(table), block_size(block_size), cached(length - 1),
-        new_round(-1), new_place(new_place), eps(eps) {
-    const int rank = static_cast<int>(at.rank);
-    count = length > rank ? (length - rank + CLUSTER - 1) / CLUSTER : 0;
-    half = at.warp * 2 + at.lane / 16, lane16 = at.lane % 16;
-    group = half % GROUPS, first = half / GROUPS;
-    kv_head = at.cluster / (CLUSTERS / KV_HEADS);
-    if (length > 0 && cached % CLUSTER == rank && cached / CLUSTER % AT_ONCE == first) {
-      new_round = cached / CLUSTER / AT_ONCE;
+  __device__ Attention(int length, int new_place, float eps, const Place &at)
+      : cached(length - 1), new_round(-1), new_place(new_place), eps(eps) {
+    constexpr int in_a_warp = AT_ONCE / WARPS;
+    count = length > at.member ? (length - at.member + MEMBERS - 1) / MEMBERS : 0;
+    active = least(WARPS, (count + in_a_warp - 1) / in_a_warp);
+    const int half = at.warp * 2 + at.lane / 16;
+    lane16 = at.lane % 16, group = half % GROUPS, first = half / GROUPS, team = at.team;
+    if (length > 0 && cached % MEMBERS == at.member && cached / MEMBERS % AT_ONCE == first) {
+      new_round = cached / MEMBERS / AT_ONCE;
     }
   }
 
-  __device__ int position(int round, uint32_t rank) const {
-    return (round * AT_ONCE + first) * CLUSTER + static_cast<int>(rank);
+  // Look up where the block's positions lie in the planes.
+  __device__ void place(const int32_t *table, int block_size, Working &working,
+                        const Place &at) const {
+    for (int i = at.warp * 32 + at.lane; i < least(count, MOST_PLACES); i += WORKERS) {
+      const int t = i * MEMBERS + at.member;
+      working.places[i] = table[t / block_size] * block_size + t % block_size;
+    }
   }
-  // Of a position's keys in the planes, this thread's first channel.
-  __device__ int64_t offset(int t) const {
-    const int64_t place = static_cast<int64_t>(table[t / block_size]) * block_size + t % block_size;
-    return (place * KV_HEADS + kv_head) * HEAD_DIM + 4 * lane16;
+  __device__ int index(int round) const { return round * AT_ONCE + first; }
+  __device__ bool has(int round) const {  // a position that is in the cache
+    return index(round) < count - (new_round >= 0 && round == new_round);
+  }
+  __device__ size_t offset(int place) const {
+    return (static_cast<size_t>(place) * KV_HEADS + team) * HEAD_DIM;
   }
   __device__ int rounds() const { return (count + AT_ONCE - 1) / AT_ONCE; }
 
-  // Have the second level cache hold a layer's keys and values.
-  __device__ void prefetch(const Layer &layer, uint32_t rank) const {
-    if (lane16 % 4 || group) return;  // four lanes: two lines of keys, two of values
-    for (int round = 0; round < rounds(); round++) {
-      const int t = position(round, rank);
-      if (t >= cached) break;
-      const bf16 *plane = lane16 & 8 ? layer.values : layer.keys;
-      const bf16 *line = plane + (offset(t) - 4 * lane16) + (lane16 & 4) * 16;
+  // Have the second level cache hold a layer's keys and values: four lines a position.
+  __device__ void prefetch(const Layer &layer, const Working &working, int thread,
+                           int threads) const {
+    const bf16 *plane = thread & 2 ? layer.values : layer.keys;
+    for (int i = thread / 4; i < count; i += threads / 4) {
+      const bf16 *line = plane + offset(working.places[i]) + (thread & 1) * 64;
       asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
     }
   }
@@ -96,34 +95,14 @@ struct Attention {
   }
 };
 
-// Attend, and send the block's part to the whole cluster. All `WORKERS` threads call it.
-__device__ __forceinline__ void attend(const Attention &a, const Layer &layer, Working &working,
-                                       const Place &at, uint32_t parity, uint32_t limit) {
+// A busy warp's part: queries, the new token, then its positions; one output for the warp.
+template <class Read>
+__device__ __forceinline__ void attend_to_mine(const Attention &a, const Layer &layer,
+                                               Working &working, const Place &at,
+                                               uint2 (&keys)[DEPTH][2], uint2 (&values)[DEPTH][2],
+                                               const uint2 (&q_norm)[2], const uint2 (&k_norm)[2],
+                                               Read read) {
   const int rounds = a.rounds(), i16 = a.lane16;
-  uint2 keys[DEPTH][2], values[DEPTH][2];
-  auto read = [&](int begin) {
-#pragma unroll
-    for (int i = 0; i < DEPTH; i++) {
-      const int t = a.position(begin + i, at.rank);
-      if (t >= a.cached) continue;
-      const int64_t offset = a.offset(t);
-      const uint2 *k = reinterpret_cast<const uint2 *>(layer.keys + offset);
-      const uint2 *v = reinterpret_cast<const uint2 *>(layer.values + offset);
-      keys[i][0] = __ldcg(k), keys[i][1] = __ldcg(k + 16);
-      values[i][0] = __ldcg(v), values[i][1] = __ldcg(v + 16);
-    }
-  };
-  read(0);
-  uint2 q_norm[2] = {}, k_norm[2] = {};
-  if (QK_NORM) {
-    for (int i = 0; i < 2; i++) {
-      q_norm[i] = *reinterpret_cast<const uint2 *>(layer.q_norm + 64 * i + 4 * i16);
-      k_norm[i] = *reinterpret_cast<const uint2 *>(layer.k_norm + 64 * i + 4 * i16);
-    }
-  }
-  barrier_wait(shared_address(&working.got_qkv), parity, limit);
-  if (at.warp == 0 && at.lane == 0) barrier_expect(shared_address(&working.got_qkv), QKV_BYTES);
-
   Eight q[EACH];
 #pragma unroll
   for (int h = 0; h < EACH; h++) {
@@ -144,8 +123,8 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer, W
       new_value[i] =
           make_uint2(pack(v.v[4 * i], v.v[4 * i + 1]), pack(v.v[4 * i + 2], v.v[4 * i + 3]));
     }
-    if (a.new_round >= 0 && a.group == 0 && at.cluster % (CLUSTERS / KV_HEADS) == 0) {
-      const int64_t offset = (a.new_place * KV_HEADS + a.kv_head) * HEAD_DIM + 4 * i16;
+    if (a.new_round >= 0 && a.group == 0) {
+      const size_t offset = a.offset(a.new_place) + 4 * i16;
       uint2 *k_to = reinterpret_cast<uint2 *>(layer.keys + offset);
       uint2 *v_to = reinterpret_cast<uint2 *>(layer.values + offset);
       k_to[0] = new_key[0], k_to[16] = new_key[1];
@@ -163,7 +142,7 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer, W
     for (int i = 0; i < DEPTH; i++) {
       if (begin + i >= rounds) break;
       const bool is_new = a.new_round == begin + i;
-      const bool there = is_new || a.position(begin + i, at.rank) < a.cached;
+      const bool there = is_new || a.has(begin + i);
       const Eight k = is_new ? Eight::of(new_key[0], new_key[1]) : Eight::of(keys[i][0], keys[i][1]);
       const Eight v =
           is_new ? Eight::of(new_value[0], new_value[1]) : Eight::of(values[i][0], values[i][1]);
@@ -175,7 +154,7 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer, W
         score = sum_of(score, 16);
         if (there) {  // what was not read may be anything
           const float higher = fmaxf(highest[h], score);
-          const float old = exp2f(highest[h] - higher), now = exp2f(score - higher);
+          const float old = power_of_two(highest[h] - higher), now = power_of_two(score - higher);
           highest[h] = higher, weight[h] = fmaf(weight[h], old, now);
 #pragma unroll
           for (int j = 0; j < 8; j++) out[h].v[j] = fmaf(now, v.v[j], out[h].v[j] * old);
@@ -189,7 +168,7 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer, W
   for (int h = 0; h < EACH; h++) {
     if (GROUPS == 1) {
       const float both = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 16));
-      const float scale = exp2f(highest[h] - both);
+      const float scale = power_of_two(highest[h] - both);
       highest[h] = both, weight[h] *= scale;
       weight[h] += __shfl_xor_sync(~0u, weight[h], 16);
 #pragma unroll
@@ -199,69 +178,100 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer, W
       }
     }
   }
-  constexpr int in_a_warp = AT_ONCE / WARPS;
-  const int active = least(WARPS, (a.count + in_a_warp - 1) / in_a_warp);
-  if (at.warp < active) {
 #pragma unroll
-    for (int h = 0; h < EACH; h++) {
-      const int head = a.group * EACH + h;
-      if (GROUPS == 1 && h % 2 != at.lane / 16) continue;  // half of the writing each
-      float *to = working.head_out[at.warp] + head * HEAD_DIM + 4 * i16;
-      const float *v = out[h].v;
-      *reinterpret_cast<float4 *>(to) = make_float4(v[0], v[1], v[2], v[3]);
-      *reinterpret_cast<float4 *>(to + 64) = make_float4(v[4], v[5], v[6], v[7]);
-      if (i16 == 0) working.head_stats[at.warp][head] = make_float2(highest[h], weight[h]);
-    }
-  }
-  sync_threads(WORKERS);
-
-  // One output a block, in pairs of channels; threads share the blocks that it goes to.
-  constexpr int PAIRS = Q_HEADS * HEAD_DIM / 2, SHARES = least(WORKERS / PAIRS, CLUSTER);
-  const int thread = at.warp * 32 + at.lane, pair = thread % PAIRS, share = thread / PAIRS;
-  if (share >= SHARES) return;
-  const int head = pair / (HEAD_DIM / 2);
-  float top = NOTHING, sum = 0, x = 0, y = 0;
-  for (int warp = 0; warp < active; warp++) top = fmaxf(top, working.head_stats[warp][head].x);
-  for (int warp = 0; warp < active; warp++) {
-    const float2 stats = working.head_stats[warp][head];
-    const float2 o = *reinterpret_cast<const float2 *>(working.head_out[warp] + 2 * pair);
-    const float scale = exp2f(stats.x - top);
-    sum = fmaf(stats.y, scale, sum), x = fmaf(o.x, scale, x), y = fmaf(o.y, scale, y);
-  }
-  const uint32_t got = shared_address(&working.got_parts);
-  const uint32_t to = shared_address(&working.parts[at.rank][pair]);
-  const uint32_t stats = shared_address(&working.part_stats[at.rank][head]);
-  const uint32_t word = pack(x, y);
-#pragma unroll 4
-  for (int rank = share; rank < CLUSTER; rank += SHARES) {
-    const uint32_t barrier = at_rank(got, rank);
-    send(at_rank(to, rank), word, barrier);
-    if (pair % (HEAD_DIM / 2) == 0) {
-      send(at_rank(stats, rank), make_uint2(__float_as_uint(top), __float_as_uint(sum)), barrier);
-    }
+  for (int h = 0; h < EACH; h++) {
+    const int head = a.group * EACH + h;
+    if (GROUPS == 1 && h % 2 != at.lane / 16) continue;  // half of the writing each
+    float *to = working.head_out[at.warp] + head * HEAD_DIM + 4 * i16;
+    const float *v = out[h].v;
+    *reinterpret_cast<float4 *>(to) = make_float4(v[0], v[1], v[2], v[3]);
+    *reinterpret_cast<float4 *>(to + 64) = make_float4(v[4], v[5], v[6], v[7]);
+    if (i16 == 0) working.head_stats[at.warp][head] = make_float2(highest[h], weight[h]);
   }
 }
 
-// 16 channels of the cluster's attention output, from all blocks' parts, as `multiply` takes them.
-__device__ __forceinline__ uint2 attended(const Working &working, int step, int lane) {
-  const int column = lane / 4, q = lane % 4, head = step / (HEAD_DIM / 16);
-  float2 stats[CLUSTER / 8];
+// Attend, and publish the block's part. All `WORKERS` threads call it.
+__device__ __forceinline__ void attend(const Attention &a, const Layer &layer,
+                                       const Exchange &exchange, Working &working,
+                                       const Place &at, uint32_t limit) {
+  const int i16 = a.lane16;
+  uint2 keys[DEPTH][2], values[DEPTH][2];
+  auto read = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+      if (!a.has(begin + i)) continue;
+      const size_t offset = a.offset(working.places[a.index(begin + i)]) + 4 * i16;
+      const uint2 *k = reinterpret_cast<const uint2 *>(layer.keys + offset);
+      const uint2 *v = reinterpret_cast<const uint2 *>(layer.values + offset);
+      keys[i][0] = __ldcg(k), keys[i][1] = __ldcg(k + 16);
+      values[i][0] = __ldcg(v), values[i][1] = __ldcg(v + 16);
+    }
+  };
+  const bool busy = at.warp < a.active;
+  uint2 q_norm[2] = {}, k_norm[2] = {};
+  if (busy) read(0);
+  if (QK_NORM && busy) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      q_norm[i] = *reinterpret_cast<const uint2 *>(layer.q_norm + 64 * i + 4 * i16);
+      k_norm[i] = *reinterpret_cast<const uint2 *>(layer.k_norm + 64 * i + 4 * i16);
+    }
+  }
+  const int thread = at.warp * 32 + at.lane;
+  if (thread * 4 < TEAM_QKV) {
+    uint4 four[1];
+    const uint32_t *from = exchange.now + QKV_AT + at.team * TEAM_QKV + thread * 4;
+    collect(four, [&](int) { return from; }, limit);
+    *reinterpret_cast<uint4 *>(working.qkv + thread * 4) = four[0];
+  }
+  sync_threads(WORKERS);
+  if (busy) attend_to_mine(a, layer, working, at, keys, values, q_norm, k_norm, read);
+  sync_threads(WORKERS);
+
+  // One output a block, in pairs of channels.
+  if (thread >= TEAM_Q / 2) return;
+  const int head = thread / (HEAD_DIM / 2);
+  float top = NOTHING, sum = 0, x = 0, y = 0;
+  for (int warp = 0; warp < a.active; warp++) top = fmaxf(top, working.head_stats[warp][head].x);
+  for (int warp = 0; warp < a.active; warp++) {
+    const float2 stats = working.head_stats[warp][head];
+    const float2 o = *reinterpret_cast<const float2 *>(working.head_out[warp] + 2 * thread);
+    const float scale = power_of_two(stats.x - top);
+    sum = fmaf(stats.y, scale, sum), x = fmaf(o.x, scale, x), y = fmaf(o.y, scale, y);
+  }
+  const int part = PARTS_AT + (at.team * MEMBERS + at.member) * PART;
+  exchange.put(part + lane_order(2 * thread) / 2, pack(x, y));
+  if (thread % (HEAD_DIM / 2) == 0) {
+    exchange.put(part + TEAM_Q / 2 + 2 * head, top);
+    exchange.put(part + TEAM_Q / 2 + 2 * head + 1, sum);
+  }
+}
+
+// 16 channels of the team's attention output, from all members' parts, as `multiply` takes them.
+__device__ __forceinline__ uint2 attended(const Exchange &exchange, int step, const Place &at,
+                                          uint32_t limit) {
+  constexpr int MINE = MEMBERS / 8;
+  const int column = at.lane / 4, q = at.lane % 4, head = step / (HEAD_DIM / 16);
+  const uint32_t *parts = exchange.now + PARTS_AT + (at.team * MEMBERS + column) * PART;
+  uint2 words[2 * MINE];
+  collect(
+      words,
+      [&](int i) {
+        return parts + i / 2 * 8 * PART + (i % 2 ? TEAM_Q / 2 + 2 * head : step * 8 + q * 2);
+      },
+      limit);
   float top = NOTHING;
 #pragma unroll
-  for (int i = 0; i < CLUSTER / 8; i++) {
-    stats[i] = working.part_stats[column + 8 * i][head];
-    top = fmaxf(top, stats[i].x);
-  }
+  for (int i = 0; i < MINE; i++) top = fmaxf(top, __uint_as_float(words[2 * i + 1].x));
   for (int offset = 4; offset < 32; offset *= 2) {
     top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
   }
   float sum = 0, v[4] = {};
 #pragma unroll
-  for (int i = 0; i < CLUSTER / 8; i++) {
-    const uint32_t *part = working.parts[column + 8 * i] + step * 8 + q;
-    const float2 a = unpack(part[0]), b = unpack(part[4]);
-    const float scale = exp2f(stats[i].x - top);
-    sum = fmaf(stats[i].y, scale, sum);
+  for (int i = 0; i < MINE; i++) {
+    const float2 a = unpack(words[2 * i].x), b = unpack(words[2 * i].y);
+    const float scale = power_of_two(__uint_as_float(words[2 * i + 1].x) - top);
+    sum = fmaf(__uint_as_float(words[2 * i + 1].y), scale, sum);
     v[0] = fmaf(a.x, scale, v[0]), v[1] = fmaf(a.y, scale, v[1]);
     v[2] = fmaf(b.x, scale, v[2]), v[3] = fmaf(b.y, scale, v[3]);
   }
@@ -270,7 +280,7 @@ __device__ __forceinline__ uint2 attended(const Working &working, int step, int 
 #pragma unroll
     for (int i = 0; i < 4; i++) v[i] += __shfl_xor_sync(~0u, v[i], offset);
   }
-  const float scale = sum > 0 ? 1.f / sum : 0.f;  // no keys at all: a row that only pads
+  const float scale = sum > 0 ? __fdividef(1.f, sum) : 0.f;  // no keys at all: a row that only pads
 #pragma unroll
   for (int i = 0; i < 4; i++) v[i] *= scale;
   return column % 2 ? make_uint2(pack_rest(v[0], v[1]), pack_rest(v[2], v[3]))

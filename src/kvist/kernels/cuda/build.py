@@ -61,9 +61,8 @@ def compiled(source: str, defines: Mapping[str, int], arch: str) -> Path:
     """
     name, folder, nvcc = library_name(source, defines, arch), kernels_dir(), find_nvcc()
     if nvcc is None:
-        found = sorted(folder.glob(f"{name}-cuda*.so"))
-        if found:
-            return found[-1]
+        if found := compiled_before(source, defines, arch):
+            return found
         raise NotSupported(
             f"there is no nvcc to compile {source} with; install the CUDA toolkit or set CUDA_HOME"
         )
@@ -81,6 +80,12 @@ def compiled(source: str, defines: Mapping[str, int], arch: str) -> Path:
     except OSError as error:
         raise NotSupported(f"{source} cannot be compiled into {folder}: {error}") from error
     return path
+
+
+def compiled_before(source: str, defines: Mapping[str, int], arch: str) -> Path | None:
+    """The library of this source that any version of the compiler made, if there is one."""
+    name = library_name(source, defines, arch)
+    return max(kernels_dir().glob(f"{name}-cuda*.so"), default=None)
 
 
 def _release(nvcc: str) -> str:

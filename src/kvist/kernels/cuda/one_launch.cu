@@ -1,284 +1,258 @@
 // A decode step of one sequence in one launch: all layers and the head, from a token id to logits.
 //
-// The grid is as many clusters of blocks as the GPU holds at once. In each block one warp streams
-// the weights that the block will need, without a pause from the first layer to the head, while
-// sixteen follow the data: q, k and v, attention's parts and the MLP's activations stay within a
-// cluster and travel between its shared memories; what each cluster adds to the residual stream is
-// published as words in memory, each of which says by itself whether it has been written. Sums have
-// one order, so bits do not change from run to run. Loaded by kvist.kernels.cuda.
+// A block runs on each of 128 multiprocessors. In each, one warp streams the weights that the block
+// will need, without a pause from the first layer to the head, while sixteen follow the data: what a
+// block computes it publishes as words in memory, each of which says by itself whether it has been
+// written, and whoever needs words waits for just those. Sums have one order, so bits do not change
+// from run to run. Loaded by kvist.kernels.cuda.
 #include "attention.cuh"
 #include "stream.cuh"
 
 namespace kvist {
 
 struct Step {
-  const Layer *layers;
   const bf16 *embedding, *norm, *head;
   const int64_t *token, *position, *place;  // the place of the new token's keys and values
   const int32_t *length, *table;            // keys, the new one included; where its blocks are
   const float *frequencies;                 // [HEAD_DIM / 2]
   float *logits;
-  uint32_t *exchange;                       // [2, 2 * num_layers, CLUSTERS, HIDDEN], ABSENT at first
+  uint32_t *exchange;                       // [2, num_layers, LAYER_WORDS], ABSENT at first
   uint32_t *epoch;                          // steps done
   int32_t num_layers, vocab, block_size;
   uint32_t spin_limit;
   float eps, rotation_scale;
+  Layer layers[MOST_LAYERS];
 };
 
-// What each cluster adds to the residual stream, from where it is computed to where it is needed.
-struct Exchange {
-  uint32_t *now, *next;  // this step's words, and those of the step after it
-
-  __device__ Exchange(const Step &p) {
-    const size_t half = static_cast<size_t>(2) * p.num_layers * CLUSTERS * HIDDEN;
-    const uint32_t odd = *static_cast<volatile uint32_t *>(p.epoch) & 1;
-    now = p.exchange + odd * half, next = p.exchange + (1 - odd) * half;
-  }
-  __device__ static size_t word(int turn, int cluster, int channel) {
-    return (static_cast<size_t>(turn) * CLUSTERS + cluster) * HIDDEN + channel;
-  }
-  __device__ void put(int turn, int cluster, int channel, float value) {
-    const size_t at = word(turn, cluster, channel);
-    const uint32_t bits = __float_as_uint(value);
-    publish(now + at, bits == ABSENT ? 0x7fffffffu : bits);
-    publish(next + at, ABSENT);  // nobody looks there before this launch has ended
-  }
-};
-
-// A warp's 32 channels of the residual stream: lane 8g + 4s + q holds channels 2q, 2q + 1, 2q + 8
-// and 2q + 9 of the s-th 16, the four groups g the same.
+// A warp's share of the residual stream, which all blocks hold: in units of 32 channels, of which
+// lane 8g + 4s + q has channels 2q, 2q + 1, 2q + 8 and 2q + 9 of the s-th 16, for each g the same.
+// They are those that the warp will multiply.
 struct Residual {
-  float v[4];
-  int first;  // channel
+  static constexpr int UNITS = HIDDEN / (32 * WARPS), OF_PART = X_WIDTH / (32 * WARPS);
+  float v[UNITS][4];
 
-  __device__ Residual(const Place &at)
-      : v{}, first(at.rank * SLICE + (at.warp - FIRST_GATHERER) * 32 + (at.lane / 4 % 2) * 16 +
-                   2 * (at.lane % 4)) {}
-  __device__ void begin(const bf16 *embedding) {
-    const float2 a = unpack(*reinterpret_cast<const uint32_t *>(embedding + first));
-    const float2 b = unpack(*reinterpret_cast<const uint32_t *>(embedding + first + 8));
-    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+  __device__ static int unit(int i, int warp) {  // its first channel
+    return i / OF_PART * X_WIDTH + warp * (X_WIDTH / WARPS) + i % OF_PART * 32;
   }
-  // Add what the clusters computed, as it comes in; each group looks at a quarter of them.
+  __device__ static int mine(int lane) { return (lane / 4 % 2) * 16 + 2 * (lane % 4); }
+
+  __device__ void begin(const bf16 *embedding, const Place &at) {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++) {
+      const bf16 *from = embedding + unit(i, at.warp) + mine(at.lane);
+      const float2 a = unpack(*reinterpret_cast<const uint32_t *>(from));
+      const float2 b = unpack(*reinterpret_cast<const uint32_t *>(from + 8));
+      v[i][0] = a.x, v[i][1] = a.y, v[i][2] = b.x, v[i][3] = b.y;
+    }
+  }
+
+  // Add what the teams computed; each g looks at every fourth of them.
   __device__ void gather(const Exchange &exchange, int turn, const Place &at, uint32_t limit) {
-    constexpr int MINE = CLUSTERS / 4;
-    uint2 a[MINE], b[MINE];
-    bool absent;
-    uint32_t tries = 0;
-    do {
-      absent = false;
+    constexpr int MINE = TEAMS / 4;
+    uint4 words[UNITS * MINE];
+    const uint32_t *sums =
+        exchange.now + SUMS_AT + (turn * TEAMS + at.lane / 8) * HIDDEN + at.lane % 8 * 4;
+    collect(
+        words, [&](int i) { return sums + i % MINE * 4 * HIDDEN + unit(i / MINE, at.warp); },
+        limit);
 #pragma unroll
-      for (int i = 0; i < MINE; i++) {
-        const uint32_t *from =
-            exchange.now + Exchange::word(turn, at.lane / 8 + 4 * i, first);
-        a[i] = look(from), b[i] = look(from + 8);
+    for (int i = 0; i < UNITS; i++) {
+      float sum[4] = {};
+#pragma unroll
+      for (int j = 0; j < MINE; j++) {
+        const uint4 w = words[i * MINE + j];
+        sum[0] += __uint_as_float(w.x), sum[1] += __uint_as_float(w.y);
+        sum[2] += __uint_as_float(w.z), sum[3] += __uint_as_float(w.w);
       }
 #pragma unroll
-      for (int i = 0; i < MINE; i++) {
-        absent |= a[i].x == ABSENT || a[i].y == ABSENT || b[i].x == ABSENT || b[i].y == ABSENT;
+      for (int j = 0; j < 4; j++) {
+        sum[j] += __shfl_xor_sync(~0u, sum[j], 8);
+        sum[j] += __shfl_xor_sync(~0u, sum[j], 16);
+        v[i][j] += sum[j];
       }
-      if (tries++ > limit) give_up(turn);
-    } while (absent);
-    float sum[4] = {};
-#pragma unroll
-    for (int i = 0; i < MINE; i++) {
-      sum[0] += __uint_as_float(a[i].x), sum[1] += __uint_as_float(a[i].y);
-      sum[2] += __uint_as_float(b[i].x), sum[3] += __uint_as_float(b[i].y);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      sum[j] += __shfl_xor_sync(~0u, sum[j], 8);
-      sum[j] += __shfl_xor_sync(~0u, sum[j], 16);
-      v[j] += sum[j];
     }
   }
-  // Send it, times a norm's weights, to the whole cluster; its scale is applied after the product.
-  __device__ void spread(const bf16 *norm, Working &working, const Place &at) const {
-    const float2 w = unpack(*reinterpret_cast<const uint32_t *>(norm + first));
-    const float2 u = unpack(*reinterpret_cast<const uint32_t *>(norm + first + 8));
-    const float a = v[0] * w.x, b = v[1] * w.y, c = v[2] * u.x, d = v[3] * u.y;
-    const uint4 x = make_uint4(pack(a, b), pack(c, d), pack_rest(a, b), pack_rest(c, d));
-    const float squares =
-        sum_of(fmaf(v[0], v[0], fmaf(v[1], v[1], fmaf(v[2], v[2], v[3] * v[3]))), 8);
-    const int four = first / 16 * 4 + at.lane % 4;
-    const int index = at.rank * GATHERERS + at.warp - FIRST_GATHERER;
-    const uint32_t to = shared_address(&working.x[four]);
-    const uint32_t square = shared_address(&working.squares[index]);
-    const uint32_t got = shared_address(&working.got_x);
+
+  // Leave it, times a norm's weights, for this warp's products; the norm's scale, which depends on
+  // all warps, is applied after them.
+  __device__ void normalise(const uint2 (&weights)[UNITS], Working &working, const Place &at) const {
+    float squares = 0;
 #pragma unroll
-    for (int rank = 0; rank < CLUSTER; rank += 4) {
-      const uint32_t there = rank + at.lane / 8, barrier = at_rank(got, there);
-      send(at_rank(to, there), x, barrier);
-      if (at.lane % 8 == 0) send(at_rank(square, there), __float_as_uint(squares), barrier);
+    for (int i = 0; i < UNITS; i++) {
+      const float2 w = unpack(weights[i].x), u = unpack(weights[i].y);
+      const float a = v[i][0] * w.x, b = v[i][1] * w.y, c = v[i][2] * u.x, d = v[i][3] * u.y;
+#pragma unroll
+      for (int j = 0; j < 4; j++) squares = fmaf(v[i][j], v[i][j], squares);
+      if (at.lane < 8) {
+        working.x[unit(i, at.warp) / 4 + at.lane] =
+            make_uint4(pack(a, b), pack(c, d), pack_rest(a, b), pack_rest(c, d));
+      }
+    }
+    squares = sum_of(squares, 8);
+    if (at.lane == 0) working.squares[at.warp] = squares;
+    __syncwarp();
+  }
+  __device__ static void read(uint2 (&weights)[UNITS], const bf16 *norm, const Place &at) {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++) {
+      const bf16 *from = norm + unit(i, at.warp) + mine(at.lane);
+      weights[i].x = *reinterpret_cast<const uint32_t *>(from);
+      weights[i].y = *reinterpret_cast<const uint32_t *>(from + 8);
     }
   }
 };
 
 __device__ __forceinline__ float norm_scale(const Working &working, float eps) {
   float sum = 0;
-#pragma unroll 8
-  for (int i = 0; i < CLUSTER * GATHERERS; i++) sum += working.squares[i];
-  return rsqrtf(sum / HIDDEN + eps);
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) sum += working.squares[i];
+  return rsqrtf(sum * (1.f / HIDDEN) + eps);
 }
 
 // The warp that streams: the same products in the same order as `follow` computes them.
 __device__ void stream(const Step &p, Ring ring, const Place &at) {
   const uint64_t policy = read_once_policy();
-  const int cluster = at.cluster, rank = at.rank, kv_head = cluster / (CLUSTERS / KV_HEADS);
+  const int team = at.team, member = at.member;
   for (int l = 0; l < p.num_layers; l++) {
-    const Layer layer = p.layers[l];
+    const Layer &layer = p.layers[l];
     auto qkv = [&](int i) {
-      int row = cluster * Q_HEADS * HEAD_DIM + rank * Q_ROWS + i;
-      if (i >= Q_ROWS) row = HEADS * HEAD_DIM + kv_head * HEAD_DIM + rank * KV_ROWS + i - Q_ROWS;
+      int row = team * TEAM_Q + member * Q_ROWS + i;
+      if (i >= Q_ROWS) row = HEADS * HEAD_DIM + team * HEAD_DIM + member * KV_ROWS + i - Q_ROWS;
       if (i >= Q_ROWS + KV_ROWS) row += KV_HEADS * HEAD_DIM - KV_ROWS;
       return layer.qkv + static_cast<size_t>(row) * HIDDEN;
     };
     auto out = [&](int i) {
-      const size_t row = rank * SLICE + i;
-      return layer.out + row * (HEADS * HEAD_DIM) + cluster * Q_HEADS * HEAD_DIM;
+      const size_t row = member * SLICE + i;
+      return layer.out + row * (HEADS * HEAD_DIM) + team * TEAM_Q;
     };
     auto gate_up = [&](int i) {
-      const int row = cluster * ACTS + rank * ACT_ROWS + i;
+      const int row = team * ACTS + member * ACT_ROWS + i;
       return layer.gate_up +
              static_cast<size_t>(i < ACT_ROWS ? row : row + INTERMEDIATE - ACT_ROWS) * HIDDEN;
     };
     auto down = [&](int i) {
-      const size_t row = rank * SLICE + i;
-      return layer.down + row * INTERMEDIATE + cluster * ACTS;
+      const size_t row = member * SLICE + i;
+      return layer.down + row * INTERMEDIATE + team * ACTS;
     };
-    fill<Qkv>(ring, qkv, Qkv::ROWS, policy, at.lane);
-    fill<Out>(ring, out, Out::ROWS, policy, at.lane);
-    fill<GateUp>(ring, gate_up, GateUp::ROWS, policy, at.lane);
-    fill<Down>(ring, down, Down::ROWS, policy, at.lane);
+    fill<Qkv>(ring, qkv, Qkv::ROWS, policy);
+    fill<Out>(ring, out, Out::ROWS, policy);
+    fill<GateUp>(ring, gate_up, GateUp::ROWS, policy);
+    fill<Down>(ring, down, Down::ROWS, policy);
   }
-  for (int row = (cluster * CLUSTER + rank) * 16; row < p.vocab; row += BLOCKS * 16) {
+  for (int row = blockIdx.x * 16; row < p.vocab; row += BLOCKS * 16) {
     auto head = [&](int i) { return p.head + static_cast<size_t>(row + i) * HIDDEN; };
-    fill<Head>(ring, head, least(16, p.vocab - row), policy, at.lane);
+    fill<Head>(ring, head, least(16, p.vocab - row), policy);
   }
 }
 
 // The warps that compute.
 __device__ void follow(const Step &p, Ring ring, Working &working, const Place &at) {
-  const int warp = at.warp, lane = at.lane, rank = at.rank;
+  const int warp = at.warp, lane = at.lane, thread = warp * 32 + lane;
   const uint32_t limit = p.spin_limit;
-  const bool gathers = warp >= FIRST_GATHERER, arms = warp == 0 && lane == 0;
-  const uint32_t got_x = shared_address(&working.got_x);
-  const uint32_t got_parts = shared_address(&working.got_parts);
-  const uint32_t got_acts = shared_address(&working.got_acts);
-  uint32_t x_parity = 0;
-  Exchange exchange(p);
-  Residual residual(at);
-  Attention attention(p.table, p.block_size, *p.length, *p.place, p.eps, at);
-  if (const int i = warp * 32 + lane; i < HEAD_DIM / 2) {
+  Residual residual;
+  uint2 norm[Residual::UNITS];
+  const Attention attention(*p.length, static_cast<int>(*p.place), p.eps, at);
+  attention.place(p.table, p.block_size, working, at);
+  if (thread < HEAD_DIM / 2) {
     float sine, cosine;
-    sincosf(static_cast<float>(*p.position) * p.frequencies[i], &sine, &cosine);
-    working.rotation[i] = cosine * p.rotation_scale;
-    working.rotation[HEAD_DIM / 2 + i] = sine * p.rotation_scale;
+    sincosf(static_cast<float>(*p.position) * p.frequencies[thread], &sine, &cosine);
+    working.rotation[thread] = cosine * p.rotation_scale;
+    working.rotation[HEAD_DIM / 2 + thread] = sine * p.rotation_scale;
   }
+  const size_t words = static_cast<size_t>(p.num_layers) * LAYER_WORDS;
+  const uint32_t odd = *static_cast<volatile uint32_t *>(p.epoch) & 1;
+  Exchange exchange = {p.exchange + odd * words, p.exchange + (1 - odd) * words};
 
-  auto channels = [&](int step) {  // of x
-    const uint32_t *four = reinterpret_cast<const uint32_t *>(&working.x[step * 4 + lane % 4]);
-    return *reinterpret_cast<const uint2 *>(four + (lane / 4 % 2) * 2);
+  auto channels = [&](int part, int i) {  // of x
+    const int four = (part * X_WIDTH + warp * (X_WIDTH / WARPS)) / 4 + i * 4 + lane % 4;
+    return reinterpret_cast<const uint2 *>(&working.x[four])[lane / 4 % 2];
   };
-  auto wait_for_x = [&]() {
-    barrier_wait(got_x, x_parity, limit);
-    if (arms) barrier_expect(got_x, X_BYTES);
-    x_parity ^= 1;
-  };
-  // Add a product's sums to the residual stream: its rows are channels of this block's slice.
+  // Add a product's sums to the residual stream: its rows are channels of this member's slice.
   auto publish_sums = [&](int turn) {
     sync_threads(WORKERS);
-    if (const int row = warp * 32 + lane; row < SLICE) {
-      exchange.put(turn, at.cluster, rank * SLICE + row, total(working.sums[1], row));
+    if (thread < SLICE) {
+      const float sum = total(working.sums[1], thread);
+      const int at_team = SUMS_AT + (turn * TEAMS + at.team) * HIDDEN;
+      const int channel = at.member * SLICE + thread;
+      exchange.put(at_team + lane_order(channel), sum);
     }
   };
 
-  attention.prefetch(p.layers[0], rank);
-  if (gathers) residual.begin(p.embedding + *p.token * HIDDEN);
+  residual.begin(p.embedding + *p.token * HIDDEN, at);
+  Residual::read(norm, p.layers[0].input_norm, at);
   for (int l = 0; l < p.num_layers; l++) {
     const Layer &layer = p.layers[l];
-    const uint32_t parity = l & 1;
 
-    // q, k and v of the cluster's heads.
-    if (gathers) {
-      if (l) residual.gather(exchange, 2 * l - 1, at, limit);
-      residual.spread(layer.input_norm, working, at);
-    }
-    wait_for_x();
+    // q, k and v of the team's heads.
+    residual.normalise(norm, working, at);
     multiply<Qkv>(ring, channels, working.sums[0][warp], warp, lane);
-    const float qkv_scale = warp < SENDERS ? norm_scale(working, p.eps) : 0.f;
     sync_threads(WORKERS);
-    if (warp < SENDERS) {
-      for (int row = lane; row < Qkv::ROWS; row += 32) {
-        int to = rank * Q_ROWS + row;
-        if (row >= Q_ROWS) to = Q_HEADS * HEAD_DIM + rank * KV_ROWS + row - Q_ROWS;
-        if (row >= Q_ROWS + KV_ROWS) to += HEAD_DIM - KV_ROWS;
-        const uint32_t value = __float_as_uint(total(working.sums[0], row) * qkv_scale);
-        const uint32_t address = shared_address(&working.qkv[to]);
-        const uint32_t got = shared_address(&working.got_qkv);
+    if (thread < Qkv::ROWS) {
+      int to = at.member * Q_ROWS + thread;
+      if (thread >= Q_ROWS) to = TEAM_Q + at.member * KV_ROWS + thread - Q_ROWS;
+      if (thread >= Q_ROWS + KV_ROWS) to += HEAD_DIM - KV_ROWS;
+      const float value = total(working.sums[0], thread) * norm_scale(working, p.eps);
+      exchange.put(QKV_AT + at.team * TEAM_QKV + to, value);
+    }
+    attend(attention, layer, exchange, working, at, limit);
+
+    // The team's heads' part of the output projection.
+    if (l + 1 < p.num_layers && thread >= TEAM_Q / 2) {  // those who have nothing to publish
+      attention.prefetch(p.layers[l + 1], working, thread - TEAM_Q / 2, WORKERS - TEAM_Q / 2);
+    }
+    uint2 heads[Out::MOST_STEPS];
 #pragma unroll
-        for (int there = warp; there < CLUSTER; there += SENDERS) {
-          send(at_rank(address, there), value, at_rank(got, there));
-        }
-      }
+    for (int i = 0; i < Out::MOST_STEPS; i++) {
+      const int step = Out::begin(warp) + i;
+      if (step < Out::end(warp)) heads[i] = attended(exchange, step, at, limit);
     }
-    if (l + 1 < p.num_layers) attention.prefetch(p.layers[l + 1], rank);
+    multiply<Out>(ring, [&](int, int i) { return heads[i]; }, working.sums[1][warp], warp, lane);
+    Residual::read(norm, layer.mlp_norm, at);
+    publish_sums(0);
 
-    attend(attention, layer, working, at, parity, limit);
-
-    // The cluster's heads' part of the output projection.
-    barrier_wait(got_parts, parity, limit);
-    if (arms) barrier_expect(got_parts, PART_BYTES);
-    auto parts = [&](int step) { return attended(working, step, lane); };
-    multiply<Out>(ring, parts, working.sums[1][warp], warp, lane);
-    publish_sums(2 * l);
-
-    // The cluster's columns of the MLP.
-    if (gathers) {
-      residual.gather(exchange, 2 * l, at, limit);
-      residual.spread(layer.mlp_norm, working, at);
-    }
-    wait_for_x();
+    // The team's columns of the MLP.
+    residual.gather(exchange, 0, at, limit);
+    residual.normalise(norm, working, at);
     multiply<GateUp>(ring, channels, working.sums[0][warp], warp, lane);
-    const float mlp_scale = warp < SENDERS ? norm_scale(working, p.eps) : 0.f;
     sync_threads(WORKERS);
-    if (warp < SENDERS) {
-      for (int row = lane; row < ACT_ROWS; row += 32) {
-        const float gate = total(working.sums[0], row) * mlp_scale;
-        const float up = total(working.sums[0], row + ACT_ROWS) * mlp_scale;
-        const uint32_t value = __float_as_uint(gate / (1.f + __expf(-gate)) * up);
-        const uint32_t address = shared_address(&working.acts[rank * ACT_ROWS + row]);
-#pragma unroll
-        for (int there = warp; there < CLUSTER; there += SENDERS) {
-          send(at_rank(address, there), value, at_rank(got_acts, there));
-        }
-      }
+    if (thread < ACT_ROWS) {
+      const float scale = norm_scale(working, p.eps);
+      const float gate = total(working.sums[0], thread) * scale;
+      const float up = total(working.sums[0], thread + ACT_ROWS) * scale;
+      const int act = lane_order(at.member * ACT_ROWS + thread);
+      exchange.put(ACTS_AT + at.team * ACTS + act, __fdividef(gate, 1.f + __expf(-gate)) * up);
     }
-    barrier_wait(got_acts, parity, limit);
-    if (arms) barrier_expect(got_acts, ACT_BYTES);
-    auto acts = [&](int step) {
-      const float2 a = *reinterpret_cast<const float2 *>(working.acts + step * 16 + lane % 4 * 2);
-      const float2 b = *reinterpret_cast<const float2 *>(working.acts + step * 16 + 8 + lane % 4 * 2);
-      return lane / 4 % 2 ? make_uint2(pack_rest(a.x, a.y), pack_rest(b.x, b.y))
-                          : make_uint2(pack(a.x, a.y), pack(b.x, b.y));
+    uint4 acts[Down::PARTS * Down::MOST_STEPS];
+    collect(
+        acts,
+        [&](int i) {
+          const int step = least(Down::begin(warp) + i % Down::MOST_STEPS, Down::STEPS - 1);
+          const int channel = i / Down::MOST_STEPS * Down::WIDTH + step * 16 + lane % 4 * 4;
+          return exchange.now + ACTS_AT + at.team * ACTS + channel;
+        },
+        limit);
+    auto activations = [&](int part, int i) {
+      const uint4 words = acts[part * Down::MOST_STEPS + i];
+      const float a = __uint_as_float(words.x), b = __uint_as_float(words.y);
+      const float c = __uint_as_float(words.z), d = __uint_as_float(words.w);
+      return lane / 4 % 2 ? make_uint2(pack_rest(a, b), pack_rest(c, d))
+                          : make_uint2(pack(a, b), pack(c, d));
     };
-    multiply<Down>(ring, acts, working.sums[1][warp], warp, lane);
-    publish_sums(2 * l + 1);
+    multiply<Down>(ring, activations, working.sums[1][warp], warp, lane);
+    Residual::read(norm, l + 1 < p.num_layers ? p.layers[l + 1].input_norm : p.norm, at);
+    publish_sums(1);
+    residual.gather(exchange, 1, at, limit);
+    exchange.now += LAYER_WORDS, exchange.next += LAYER_WORDS;
   }
 
-  if (gathers) {
-    residual.gather(exchange, 2 * p.num_layers - 1, at, limit);
-    residual.spread(p.norm, working, at);
-  }
-  barrier_wait(got_x, x_parity, limit);
-  const float scale = norm_scale(working, p.eps);
+  residual.normalise(norm, working, at);
   int turn = 0;
-  for (int row = (at.cluster * CLUSTER + rank) * 16; row < p.vocab; row += BLOCKS * 16, turn++) {
-    const int buffer = turn % 2 * 16;  // a warp may be late in summing the tile before
+  for (int row = blockIdx.x * 16; row < p.vocab; row += BLOCKS * 16, turn++) {
+    const int buffer = turn % 2 * 16;  // a warp may be late in adding up the tile before
     multiply<Head>(ring, channels, working.sums[0][warp] + buffer, warp, lane);
     sync_threads(WORKERS);
     if (warp == turn % WARPS && lane < 16 && row + lane < p.vocab) {
-      p.logits[row + lane] = total(working.sums[0], buffer + lane) * scale;
+      p.logits[row + lane] = total(working.sums[0], buffer + lane) * norm_scale(working, p.eps);
     }
   }
 }
@@ -287,48 +261,35 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step(const __grid_constant_
   extern __shared__ unsigned char memory[];
   Shared &shared = *reinterpret_cast<Shared *>(
       memory + (128 - shared_address(memory) % 128) % 128);
-  Working &working = shared.working;
   const Place at = {static_cast<int>(threadIdx.x / 32), static_cast<int>(threadIdx.x % 32),
-                    cluster_index(), cluster_rank()};
+                    static_cast<int>(blockIdx.x / MEMBERS), static_cast<int>(blockIdx.x % MEMBERS)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; i++) {
       barrier_init(shared_address(&shared.full[i]), 1);
       barrier_init(shared_address(&shared.empty[i]), WARPS);
     }
-    for (uint64_t *one : {&working.got_x, &working.got_qkv, &working.got_parts, &working.got_acts}) {
-      barrier_init(shared_address(one), 1);
-    }
     barriers_visible();
-    barrier_expect(shared_address(&working.got_x), X_BYTES);
-    barrier_expect(shared_address(&working.got_qkv), QKV_BYTES);
-    barrier_expect(shared_address(&working.got_parts), PART_BYTES);
-    barrier_expect(shared_address(&working.got_acts), ACT_BYTES);
   }
-  cluster_sync();
+  __syncthreads();
   const Ring ring(shared, p.spin_limit);
   if (at.warp == WARPS) {
     stream(p, ring, at);
   } else {
-    follow(p, ring, working, at);
+    follow(p, ring, shared.working, at);
   }
-  __syncwarp();
-  cluster_sync();  // no block leaves while another may still send to it
-  // All blocks have read it: what they exchanged since was needed to come here.
+  // All blocks have read it: what they published since was needed to come here.
   if (blockIdx.x == 0 && threadIdx.x == 0) publish(p.epoch, *p.epoch + 1);
 }
 
-cudaLaunchConfig_t launch_config(cudaLaunchAttribute (&attributes)[2], cudaStream_t stream) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = CLUSTER;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
+cudaLaunchConfig_t launch_config(cudaLaunchAttribute &attribute, cudaStream_t stream) {
+  attribute.id = cudaLaunchAttributeCooperative;  // all blocks at once, or an error
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(BLOCKS), config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = sizeof(Shared) + 128;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return config;
 }
 
@@ -343,31 +304,37 @@ int32_t kvist_one_launch_interface() { return 1; }
 int32_t kvist_one_launch_step_bytes() { return sizeof(kvist::Step); }
 int32_t kvist_one_launch_layer_bytes() { return sizeof(kvist::Layer); }
 
-// Prepare the kernel on the current device: how many of its clusters that holds at once, or minus
-// an error of CUDA's.
+// Words of `exchange` for each layer.
+int32_t kvist_one_launch_layer_words() { return 2 * kvist::LAYER_WORDS; }
+
+// Prepare the kernel on the current device: 0 if that holds all blocks at once, else an error of
+// CUDA's.
 int32_t kvist_one_launch_prepare() {
   using namespace kvist;
   auto *kernel = reinterpret_cast<const void *>(decode_step);
   const int bytes = sizeof(Shared) + 128;
+  int device = 0, multiprocessors = 0, resident = 0;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = launch_config(attributes, nullptr);
-  config.numAttrs = 1;
-  int clusters = 0;
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, THREADS, bytes);
+  }
+  if (error == cudaSuccess && resident * multiprocessors < BLOCKS) {
+    error = cudaErrorCooperativeLaunchTooLarge;
+  }
   cudaGetLastError();
-  return error == cudaSuccess ? clusters : -static_cast<int32_t>(error);
+  return error;
 }
 
 // Start a step on a stream; 0, or an error of CUDA's.
 int32_t kvist_one_launch(const kvist::Step *step, void *stream) {
   using namespace kvist;
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(attributes, static_cast<cudaStream_t>(stream));
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = launch_config(attribute, static_cast<cudaStream_t>(stream));
   const cudaError_t error = cudaLaunchKernelEx(&config, decode_step, *step);
   cudaGetLastError();
   return error;

@@ -11,9 +11,12 @@ from pathlib import Path
 from kvist.errors import KvistError, NotSupported
 
 SOURCE = "one_launch.cu"
+ABSENT = -1  # all bits set: no number that is computed
 INTERFACE = 1  # kvist_one_launch_interface() of the library that these declarations are of
 # Polls of memory, each about a microsecond, until a block that waits gives up: seconds, not hours.
 SPIN_LIMIT = 1 << 22
+MOST_LAYERS = 64
+LONGEST = 8192  # positions
 
 _pointer = ctypes.c_void_p
 
@@ -45,7 +48,6 @@ class Step(ctypes.Structure):
         *(
             (name, _pointer)
             for name in (
-                "layers",
                 "embedding",
                 "norm",
                 "head",
@@ -66,6 +68,7 @@ class Step(ctypes.Structure):
         ("spin_limit", ctypes.c_uint32),
         ("eps", ctypes.c_float),
         ("rotation_scale", ctypes.c_float),
+        ("layers", Layer * MOST_LAYERS),
     )
 
 
@@ -76,11 +79,10 @@ class Shape:
     Args:
         hidden: channels of the residual stream.
         heads: query heads.
-        kv_heads: key heads, of `head_dim` channels each.
+        kv_heads: key heads, of `head_dim` channels each; each has a team of blocks.
         intermediate: of the MLP.
         qk_norm: whether q and k are normalised per head.
-        clusters: how many clusters of blocks; each has its own heads and MLP columns.
-        cluster: blocks of a cluster, one on each multiprocessor.
+        members: blocks of a team, one on each multiprocessor.
         warps: of a block that compute.
     """
 
@@ -90,32 +92,35 @@ class Shape:
     head_dim: int
     intermediate: int
     qk_norm: bool
-    clusters: int = 8
-    cluster: int = 16
+    members: int = 16
     warps: int = 16
 
     def refusal(self) -> str | None:
         """Why the kernel does not fit this shape, in one line; None where it does."""
-        blocks = self.clusters * self.cluster
+        blocks, share = self.kv_heads * self.members, 32 * max(self.members, self.warps)
         if self.head_dim != 128:
             return f"head_dim is {self.head_dim}, not 128"
-        if self.clusters % self.kv_heads or self.heads % self.clusters:
-            return f"{self.heads} and {self.kv_heads} heads are not dealt out to {self.clusters}"
-        if self.heads > 4 * self.clusters:
-            return f"{self.heads} query heads are more than 4 for each of {self.clusters} clusters"
-        if self.hidden % (32 * self.cluster) or self.hidden > 32 * self.cluster * self.warps:
-            return f"hidden_size {self.hidden} is not dealt out to {self.cluster} blocks"
-        if self.intermediate % blocks or self.intermediate // self.clusters % 16:
-            return f"intermediate_size {self.intermediate} is not dealt out to {blocks} blocks"
+        if self.kv_heads != 8:
+            return f"{self.kv_heads} key heads, not 8"
+        if self.heads % self.kv_heads or self.heads > 4 * self.kv_heads:
+            return f"{self.heads} query heads, not 8, 16, 24 or 32"
+        if self.hidden % share:
+            return f"hidden_size {self.hidden} is not a multiple of {share}"
+        if self.intermediate % blocks:
+            return f"intermediate_size {self.intermediate} is not a multiple of {blocks}"
         return None
 
     def defines(self) -> dict[str, int]:
         """The shape as macros."""
         return {f"KVIST_{name.upper()}": int(value) for name, value in vars(self).items()}
 
-    def exchange_words(self, num_layers: int) -> int:
-        """Words that clusters exchange, for this step and the next; all bits set at first."""
-        return 4 * num_layers * self.clusters * self.hidden
+    @property
+    def layer_words(self) -> int:
+        """Words that blocks exchange in a layer, for this step and the next; ABSENT at first."""
+        q_heads = self.heads // self.kv_heads
+        team = 2 * self.hidden + (q_heads + 2) * self.head_dim
+        team += self.members * (q_heads * self.head_dim // 2 + (2 * q_heads + 3) // 4 * 4)
+        return 2 * (self.kv_heads * team + self.intermediate)
 
 
 class Library:
@@ -149,16 +154,14 @@ class Library:
         """Make the kernel ready on the current device.
 
         Raises:
-            NotSupported: the device does not hold all clusters at once, or knows none.
+            NotSupported: the device does not hold all blocks at once, or the library is of another
+                shape.
         """
-        clusters = self._library.kvist_one_launch_prepare()
-        if clusters < 0:
-            raise NotSupported(f"the kernel cannot run here: {self._error(-clusters)}")
-        if clusters < shape.clusters:
-            raise NotSupported(
-                f"this GPU holds {clusters} clusters of {shape.cluster} blocks at once, not "
-                f"{shape.clusters}"
-            )
+        words = self._library.kvist_one_launch_layer_words()
+        if words != shape.layer_words:
+            raise NotSupported(f"{words} words a layer, not {shape.layer_words}")
+        if error := self._library.kvist_one_launch_prepare():
+            raise NotSupported(f"the kernel cannot run here: {self._error(error)}")
 
     def launch(self, step: Step, stream: int) -> None:
         """Start a step on a stream, by its handle.
@@ -179,6 +182,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "kvist_one_launch_interface": (ctypes.c_int32, ()),
     "kvist_one_launch_step_bytes": (ctypes.c_int32, ()),
     "kvist_one_launch_layer_bytes": (ctypes.c_int32, ()),
+    "kvist_one_launch_layer_words": (ctypes.c_int32, ()),
     "kvist_one_launch_prepare": (ctypes.c_int32, ()),
     "kvist_one_launch": (ctypes.c_int32, (ctypes.POINTER(Step), _pointer)),
     "kvist_one_launch_error": (ctypes.c_char_p, (ctypes.c_int32,)),

@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no name for: barriers, copies and stores between the shared
-// memories of a cluster, tensor core products. One line each; nothing here knows a model.
+// The instructions that CUDA C++ has no name for: barriers, the copy engine, words that blocks
+// exchange, tensor core products. One line each; nothing here knows a model.
 #pragma once
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -18,28 +18,18 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ uint32_t at_rank(uint32_t address, uint32_t rank) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
+// One lane of a warp, of which the compiler knows that it is one.
+__device__ __forceinline__ bool elected() {
+  uint32_t one;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+  return one;
 }
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ uint32_t cluster_index() {
-  uint32_t index;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-  return index;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Powers of two and quotients as the hardware has them, to some 22 bits.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Of the first `threads` threads of a block, which are whole warps.
@@ -51,6 +41,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// To the copy engine as well.
 __device__ __forceinline__ void barriers_visible() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -79,7 +70,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity, 
   for (uint32_t tries = 0;; tries++) {
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(barrier), "r"(parity)
@@ -105,38 +96,43 @@ __device__ __forceinline__ void copy_in(uint32_t to, const void *from, uint32_t 
       : "memory");
 }
 
-// To the shared memory of any block of the cluster; the barrier there counts the bytes.
-__device__ __forceinline__ void send(uint32_t to, uint32_t value, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to),
-               "r"(value), "r"(barrier)
-               : "memory");
-}
-
-__device__ __forceinline__ void send(uint32_t to, uint2 v, uint32_t barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(to),
-      "r"(v.x), "r"(v.y), "r"(barrier)
-      : "memory");
-}
-
-__device__ __forceinline__ void send(uint32_t to, uint4 v, uint32_t barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(to),
-      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-      : "memory");
-}
-
-// Words that all blocks see: no order is promised, each word tells by itself whether it is there.
+// Words that all blocks see. No order is promised between them: each tells by itself whether it has
+// been written, since it was ABSENT before.
 __device__ __forceinline__ void publish(uint32_t *p, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ uint2 look(const uint32_t *p) {
-  uint2 v;
+__device__ __forceinline__ void look(uint4 &v, const uint32_t *p) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+}
+
+__device__ __forceinline__ void look(uint2 &v, const uint32_t *p) {
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p)
                : "memory");
-  return v;
+}
+
+__device__ __forceinline__ bool absent(uint4 v) {
+  return v.x == ABSENT || v.y == ABSENT || v.z == ABSENT || v.w == ABSENT;
+}
+
+__device__ __forceinline__ bool absent(uint2 v) { return v.x == ABSENT || v.y == ABSENT; }
+
+// Wait until all of some words are there; `from(i)` is where the i-th few are.
+template <int N, class Words, class From>
+__device__ __forceinline__ void collect(Words (&v)[N], From from, uint32_t limit) {
+  bool again;
+  uint32_t tries = 0;
+  do {
+    again = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) look(v[i], from(i));
+#pragma unroll
+    for (int i = 0; i < N; i++) again |= absent(v[i]);
+    if (tries++ > limit) give_up(N);
+  } while (again);
 }
 
 // Four 8 x 8 matrices of 16-bit numbers; each lane names a row of 16 bytes.

@@ -20,42 +20,47 @@ struct Ring {
 
 // Copy what `Product` reads, once there is room; `row(i)` is where row i begins. One warp calls it.
 template <class P, class Row>
-__device__ __forceinline__ void fill(Ring &ring, Row row, int rows, uint64_t policy, int lane) {
+__device__ __forceinline__ void fill(Ring &ring, Row row, int rows, uint64_t policy) {
   for (int first = 0; first < rows; first += P::BLOCK_ROWS) {
     const int count = least(P::BLOCK_ROWS, rows - first);
     for (int part = 0; part < P::PARTS; part++) {
       const uint32_t full = ring.full + ring.slot * 8, to = ring.slots + ring.slot * SLOT;
       barrier_wait(ring.empty + ring.slot * 8, ring.parity ^ 1, ring.limit);
-      if (lane == 0) barrier_expect(full, count * P::WIDTH * 2);
-      __syncwarp();
-      for (int i = lane; i < count; i += 32) {
-        copy_in(to + i * P::PITCH, row(first + i) + part * P::WIDTH, P::WIDTH * 2, full, policy);
+      // The copy engine takes its operands from registers that a warp has in common: one lane has
+      // to start all copies, or the compiler makes them a loop over lanes.
+      if (elected()) {
+        barrier_expect(full, count * P::WIDTH * 2);
+#pragma unroll 4
+        for (int i = 0; i < count; i++) {
+          copy_in(to + i * P::PITCH, row(first + i) + part * P::WIDTH, P::WIDTH * 2, full, policy);
+        }
       }
+      __syncwarp();
       ring.advance();
     }
   }
 }
 
 // A block's rows times a vector; each warp multiplies its share of the columns and leaves its sums
-// in `sums[row]`. `operand(step)` is the vector's 16 channels of a step as the tensor cores take
-// them: in their columns 0 and 1 (lanes 0 to 3 and 4 to 7) the channels and what rounding them to
-// bfloat16 lost; the other columns are computed and left.
+// in `sums[row]`. `operand(part, i)` is the vector's 16 channels of the warp's i-th step as the
+// tensor cores take them: in their columns 0 and 1 (lanes 0 to 3 and 4 to 7) the channels and what
+// rounding them to bfloat16 lost; the other columns are computed and left.
 template <class P, class Operand>
 __device__ __forceinline__ void multiply(Ring &ring, Operand operand, float *sums, int warp,
                                          int lane) {
-  const int begin = P::STEPS * warp / WARPS, end = P::STEPS * (warp + 1) / WARPS;
+  const int begin = P::begin(warp), end = P::end(warp);
   const uint32_t offset = (lane & 15) * P::PITCH + (lane >> 4) * 16;
 #pragma unroll 1
   for (int block = 0; block < P::ROW_BLOCKS; block++) {
     float acc[P::TILES][4] = {};
-#pragma unroll 1
+#pragma unroll
     for (int part = 0; part < P::PARTS; part++) {
       const uint32_t from = ring.slots + ring.slot * SLOT + offset;
       barrier_wait(ring.full + ring.slot * 8, ring.parity, ring.limit);
 #pragma unroll
       for (int i = 0; i < P::MOST_STEPS; i++) {
         if (begin + i < end) {
-          const uint2 b = operand(part * P::STEPS + begin + i);
+          const uint2 b = operand(part, i);
 #pragma unroll
           for (int tile = 0; tile < P::TILES; tile++) {
             if (block * P::BLOCK_ROWS + tile * 16 < P::ROWS) {

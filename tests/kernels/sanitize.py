@@ -1,0 +1,88 @@
+"""compute-sanitizer over the hand-written kernels: `python tests/kernels/sanitize.py`, on a GPU.
+
+memcheck finds accesses out of bounds, racecheck hazards in shared memory. Each looks at the step in
+one launch, by a model of one layer, and at the kernels' tests of small shapes; only kvist's own
+kernels are watched. About two minutes on an H200. Not collected by pytest.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+TOOLS = ("memcheck", "racecheck")
+# What is run, the kernels to watch in it, and its share of the time in seconds.
+PARTS = {
+    "one-launch": ("decode_step", 60),
+    "triton": ("_kernel", 60),
+}
+TESTS = ("test_elementwise.py", "test_linear.py", "test_encode.py", "test_sampling.py")
+
+
+def one_launch() -> None:
+    """Three steps of a model of one layer, checked against the fused step."""
+    import torch
+
+    sys.path.insert(0, str(HERE))
+    import test_one_launch as tests
+
+    from kvist.runner import one_launch
+    from kvist.runner.fused import FusedStep
+
+    one_launch.SPIN_LIMIT = 2**32 - 1  # all is hundreds of times slower
+    device = torch.device("cuda")
+    tests.SMALL_MODELS["one layer"] = tests.SMALL | {"num_hidden_layers": 1, "vocab_size": 2100}
+    model = tests.small("one layer", device)
+    cache, other = (tests.one_row_cache(model, 64, device) for _ in range(2))
+    prompt, following = list(range(40)), [5, 6, 7]
+    step = one_launch.OneLaunchStep(model, cache.pool, wait=True)
+    ours = tests.logits_of(step, cache, prompt, following)
+    theirs = tests.logits_of(FusedStep(model), other, prompt, following)
+    assert (ours - theirs).abs().max() < 0.05 * theirs.std()
+
+
+def triton() -> None:
+    """The tests of single kernels."""
+    import pytest
+
+    sys.exit(pytest.main(["-q", "-x", *(str(HERE / name) for name in TESTS)]))
+
+
+def main() -> None:
+    """Run every tool on every part; end with 1 if one found something."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=PARTS, help="run this alone, unwatched")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to watch")
+    options = parser.parse_args()
+    if options.part:
+        return one_launch() if options.part == "one-launch" else triton()
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    worst = 0
+    for tool in TOOLS:
+        for part in options.only.split(","):
+            kernels, limit = PARTS[part]
+            began = time.time()
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9",
+                       "--kernel-name", f"kernel_substring={kernels}",
+                       sys.executable, __file__, "--part", part]  # fmt: skip
+            try:
+                done = subprocess.run(
+                    command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit
+                )
+                output, code = done.stdout + done.stderr, done.returncode
+            except subprocess.TimeoutExpired as error:
+                output, code = str(error.stdout or b"")[-2000:], 124
+            summary = [line for line in output.splitlines() if "SUMMARY" in line]
+            print(f"{tool:9} {part:10} exit {code:3} {time.time() - began:5.0f} s ", *summary)
+            if code:
+                print(output[-3000:])
+            worst = max(worst, code)
+    sys.exit(worst > 0)
+
+
+if __name__ == "__main__":
+    main()
