@@ -181,6 +181,49 @@ def bench_decode(kind: str, batch: int = 64, context: int = 8192, block_size: in
             note(what="decode attention, best", kind=kind, model=model, ms=found[0][0])
 
 
+def bench_compiled(kind: str, block_size: int = 32) -> None:
+    """The same by the kernel in CUDA C++, of equal long contexts and of unequal short ones."""
+    from kvist.attention.kernels import compiled
+    from kvist.attention.kernels.launch import Pages, Workspace, decode, most_splits, splits_for
+    from kvist.core.spec import AttentionSpec
+
+    kv_heads, dim = 8, 128
+    uneven = torch.randint(100, 2000, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    for what, lengths in (("64 x 8192", [8192] * 63 + [7859]), ("256 of 100 to 2000", uneven)):
+        batch, width = len(lengths), -(-max(lengths) // block_size)
+        table = (torch.randperm(batch * width, device="cuda") + 1).int().view(batch, width)
+        lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        keys, decode_keys = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
+        values, decode_values = random_planes(kind, batch * width + 1, block_size, kv_heads, dim)
+        size = sum(p[0, 0].numel() * p.element_size() for f in (keys, values)
+                   for p in (f.values, f.scales, f.zeros) if p is not None)  # fmt: skip
+        size *= sum(lengths)
+        pages = Pages(keys, values, AttentionSpec(kv_heads, dim), block_size, table, lens, starts)
+        for model, (heads, _) in HEADS.items():
+            q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
+            out = torch.full_like(q, torch.nan)
+            splits = splits_for(batch)
+            work = Workspace.make(batch, heads, dim, most_splits(pages, lengths, splits), q.device)
+            calls: dict[str, Callable[[], None]] = {
+                "Triton": lambda: decode(q, pages, out, work, dim**-0.5, ragged=False)
+            }
+            if compiled.can_decode(q, pages, rotate=False):
+                most = most_splits(pages, lengths, compiled.splits_for(batch))
+                plan = compiled.make_plan(pages, heads, most, ragged=False)
+                calls["CUDA C++"] = lambda: compiled.decode(q, pages, out, plan, dim**-0.5)
+            for by, call in calls.items():
+                call()
+                error = max(
+                    relative(out[b], one_sequence(q[b], table[b].long(), lengths[b],
+                                                  decode_keys, decode_values))
+                    for b in (0, 1, batch - 1)
+                )  # fmt: skip
+                ms = graph_ms(call, 10)
+                note(what="decode attention", of=what, kind=kind, model=model, by=by, ms=ms,
+                     error=error, fraction=size / ms / 1e6 / PEAK_GB)  # fmt: skip
+
+
 def one_sequence(q: Tensor, blocks: Tensor, n: int, keys: Any, values: Any) -> Tensor:
     """Attention of one query in float64."""
     k, v = (decode(blocks).flatten(0, 1)[:n] for decode in (keys, values))
@@ -531,6 +574,7 @@ KINDS = ("bf16", "fp8", "int8", "int4")
 STAGES: dict[str, Callable[[], None]] = {
     "ceilings": bench_ceilings,
     **{f"decode-{kind}": partial(bench_decode, kind) for kind in KINDS},
+    **{f"compiled-{kind}": partial(bench_compiled, kind) for kind in KINDS},
     "steps-0.6b": partial(bench_steps, ("0.6b",)),
     **{f"short-{kind}": partial(bench_short, kind) for kind in KINDS},
     "prefill": bench_prefill,

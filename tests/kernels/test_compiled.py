@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvist.attention.kernels import compiled
-from kvist.attention.kernels.formats import Format
+from kvist.attention.kernels.formats import FP8, INT4, INT8, Format
 from kvist.attention.kernels.launch import Pages
 from kvist.core.spec import AttentionSpec
 from kvist.errors import NotSupported
@@ -69,38 +69,71 @@ def test_the_sizes_of_source_and_launch_agree():
         assert re.search(rf"\b{name} = {value}\b", source), name
 
 
+def pages_on_cpu(*kinds: int, kv_heads: int = 8) -> Pages:
+    """A quantised layer of 16 sequences."""
+    planes = torch.zeros(2, 16, kv_heads, 128), torch.zeros(2, 16, kv_heads)
+    keys, values = (Format(kind, *planes, groups=4 if kind == INT4 else 1) for kind in kinds)
+    lens = torch.ones(16, dtype=torch.int32)
+    table, starts = torch.ones(16, 1), torch.arange(17)
+    return Pages(keys, values, AttentionSpec(kv_heads, 128), 16, table, lens, starts)
+
+
+Q = torch.zeros(16, 16, 128, dtype=torch.bfloat16)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs a CUDA compiler")
-@pytest.mark.parametrize("kinds", [(1, 1), (2, 3)], ids=["fp8", "k8v4"])
-def test_the_source_compiles(kinds, tmp_path):
+@pytest.mark.parametrize("kv_heads", [4, 8])
+@pytest.mark.parametrize("kinds", [(FP8, FP8), (INT8, INT4)], ids=["fp8", "k8v4"])
+def test_the_source_compiles_to_the_size_that_launches_give_it(
+    kinds, kv_heads, monkeypatch, tmp_path
+):
+    asked = []
+    monkeypatch.setattr(compiled, "_load", lambda *given: asked.append(given))
+    compiled._kernel(Q, pages_on_cpu(*kinds, kv_heads=kv_heads), rotate=True)
+    [(_, shared, options)] = asked
     source = tmp_path / "decode.cu"
-    source.write_text(nvrtc.read_source(compiled.DECODE))
-    macros = {
-        "K_KIND": kinds[0],
-        "V_KIND": kinds[1],
-        "KV_HEADS": 8,
-        "GROUP": 4,
-        "BLOCK": 16,
-        "STAGES": 3,
-        "PER_SM": 2,
-        "MODEL_BFLOAT": 1,
-        "ROTATE": 1,
-    }
-    options = [f"-D{name}={value}" for name, value in macros.items()]
+    check = f"static_assert(STAGES * STAGE == {shared});"
+    source.write_text(nvrtc.read_source(compiled.DECODE) + check)
     command = ["nvcc", "-arch=sm_90", "-std=c++17", "-ptx", *options, source, "-o", "/dev/null"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
-def pages_on_cpu(kind: int = 1) -> Pages:
-    """A quantised layer of 16 sequences."""
-    side = Format(kind, torch.zeros(2, 16, 8, 128), torch.zeros(2, 16, 8))
-    lens = torch.ones(16, dtype=torch.int32)
-    table, starts = torch.ones(16, 1), torch.arange(17)
-    return Pages(side, side, AttentionSpec(8, 128), 16, table, lens, starts)
+def parameters(path, name):
+    """The kinds of a kernel's parameters, as its source has them."""
+    [found] = re.findall(rf"{name}\(([^)]*)\)", nvrtc.read_source(path))
+    return [
+        "pointer" if "*" in parameter else parameter.split()[0] for parameter in found.split(",")
+    ]
+
+
+def test_launches_give_kernels_what_they_take(monkeypatch):
+    launches = {}
+
+    def load(path, index, name, shared, options):
+        def launch(grid, threads, *arguments):
+            kinds = ["pointer" if torch.is_tensor(a) else type(a).__name__ for a in arguments]
+            launches[name] = path, grid, threads, kinds
+
+        return launch
+
+    monkeypatch.setattr(nvrtc, "load", load)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=100)
+    )
+    compiled._load.cache_clear()
+    pages = pages_on_cpu(INT8, INT4)
+    plan = compiled.make_plan(pages, 16, 64, ragged=False)
+    compiled.decode(Q, pages, torch.empty_like(Q), plan, 0.1)
+    compiled._load.cache_clear()
+    for name, (path, _, _, kinds) in launches.items():
+        assert kinds == parameters(path, name)
+    assert launches["decode_kernel"][1:3] == ((200, 1), 288)
+    assert launches["list_kernel"][1:3] == ((1, 1), 1024)
 
 
 def test_it_leaves_a_cpu_to_others():
-    assert not compiled.can_decode(torch.zeros(16, 16, 128), pages_on_cpu(), rotate=False)
+    assert not compiled.can_decode(Q, pages_on_cpu(FP8, FP8), rotate=False)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_done_without(monkeypatch, caplog):
@@ -109,9 +142,8 @@ def test_a_kernel_that_cannot_be_compiled_is_done_without(monkeypatch, caplog):
 
     monkeypatch.setattr(nvrtc, "load", fail)
     compiled._load.cache_clear()
-    q = torch.zeros(16, 16, 128, dtype=torch.bfloat16)
-    assert compiled._kernel(q, pages_on_cpu(), rotate=False) is None
-    assert compiled._kernel(q, pages_on_cpu(), rotate=False) is None
+    assert compiled._kernel(Q, pages_on_cpu(FP8, FP8), rotate=False) is None
+    assert compiled._kernel(Q, pages_on_cpu(FP8, FP8), rotate=False) is None
     assert [record.getMessage() for record in caplog.records] == [
         "no compiler; decoding by Triton's kernels"
     ]
