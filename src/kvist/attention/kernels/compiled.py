@@ -22,6 +22,8 @@ from kvist.kernels import nvrtc
 DECODE, LIST = (Path(__file__).with_name(name) for name in ("decode.cu", "list.cu"))
 KEYS, DIM, LANES, MOST_WARPS = 16, 128, 32, 8  # as in the source
 
+KV_HEADS = (8,)  # as it was tried with; the source takes any even number
+MOST_TOKENS = 1023 << 10  # of a sequence: as many splits as the list has bits for
 FEWEST = 16  # sequences of a step; fewer leave most of a GPU without a program
 # By the number of sequences that decode together.
 SPLITS = Splits(shortest=64, target=128)
@@ -63,12 +65,14 @@ def splits_for(rows: int) -> Splits:
 def can_decode(q: Tensor, pages: Pages, *, rotate: bool) -> bool:
     """Whether the kernel takes this step of this layer; compiles it when it is first asked."""
     spec, kinds = pages.spec, (pages.keys.kind, pages.values.kind)
-    group, warps = q.shape[1] // spec.num_kv_heads, min(spec.num_kv_heads, MOST_WARPS)
+    group = q.shape[1] // spec.num_kv_heads
     if q.device.type != "cuda" or pages.kv_lens.shape[0] < FEWEST or PLAIN in kinds:
         return False
     if spec.head_dim != DIM or spec.window is not None or pages.block_size % KEYS:
         return False
-    if spec.num_kv_heads % warps or spec.num_kv_heads % 2 or q.dtype == torch.float32:
+    if spec.num_kv_heads not in KV_HEADS or q.dtype == torch.float32:
+        return False
+    if pages.block_table.shape[1] * pages.block_size > MOST_TOKENS:
         return False
     four = all(side.groups == 4 for side in (pages.keys, pages.values) if side.kind == INT4)
     if group not in ((1, 2, 4) if INT4 in kinds else range(1, 9)) or not four:

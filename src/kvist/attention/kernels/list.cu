@@ -11,7 +11,7 @@ __device__ __forceinline__ int split_length(int count) {
 
 // One program of 1,024 threads lists the splits of all sequences, those that are cut short last.
 extern "C" __global__ void __launch_bounds__(1024)
-list_kernel(const int *lens, const int *starts, Item *items, int *num_items, int *ended, int sequences, int programs,
+list_kernel(const int *lens, const int *starts, Item *items, int *num_items, int *ended, int sequences, int kv_heads,
             int ragged) {
     __shared__ int sums[2][LANES];
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -36,7 +36,7 @@ list_kernel(const int *lens, const int *starts, Item *items, int *num_items, int
         __syncthreads();
         for (int w = 0; w < warp; w++) whole += sums[0][w], cut += sums[1][w];
     };
-    for (int i = threadIdx.x; i < sequences * programs; i += 1024) ended[i] = 0;
+    for (int i = threadIdx.x; i < sequences * kv_heads; i += 1024) ended[i] = 0;
     int whole_done = 0, cut_done = 0;
     for (int pass = 0; pass < 2; pass++) {
         int first_whole = 0, first_cut = whole_done;
