@@ -186,8 +186,9 @@ def one_row_cache(model: Decoder, tokens: int, device: torch.device) -> PagedCac
 def logits_of(step, cache, prompt, following) -> torch.Tensor:
     """Logits behind the prompt's last token and each of the following ones."""
     found = []
+    device = cache.pool.device if isinstance(cache, PagedCache) else cache.device
     for tokens in [prompt, *([token] for token in following)]:
-        batch = Batch.pack([tokens], cache.lengths, device="cuda")
+        batch = Batch.pack([tokens], cache.lengths, device=device)
         found.append(step(batch, cache.bind(batch)).clone())
         cache.commit(batch)
     return torch.cat(found)

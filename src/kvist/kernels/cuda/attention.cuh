@@ -68,8 +68,7 @@ struct Attention {
                            int threads) const {
     const bf16 *plane = thread & 2 ? layer.values : layer.keys;
     for (int i = thread / 4; i < count; i += threads / 4) {
-      const bf16 *line = plane + offset(working.places[i]) + (thread & 1) * 64;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+      prefetch_line(plane + offset(working.places[i]) + (thread & 1) * 64);
     }
   }
 

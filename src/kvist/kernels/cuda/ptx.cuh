@@ -1,5 +1,6 @@
 // The instructions that CUDA C++ has no name for: barriers, the copy engine, words that blocks
-// exchange, tensor core products. One line each; nothing here knows a model.
+// exchange, tensor core products. One line each; nothing here knows a model. Tests put another file
+// in its place, with which the kernels run on a CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <stdint.h>
@@ -10,9 +11,6 @@
 namespace kvist {
 
 using bf16 = __nv_bfloat16;
-
-// A word that no arithmetic leaves behind (its NaN is 0x7fffffff): "not written yet".
-constexpr uint32_t ABSENT = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -86,6 +84,11 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
+// Have the second level cache hold a line.
+__device__ __forceinline__ void prefetch_line(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Global memory to shared memory by the copy engine; `bytes` is a multiple of 16.
 __device__ __forceinline__ void copy_in(uint32_t to, const void *from, uint32_t bytes,
                                         uint32_t barrier, uint64_t policy) {
@@ -114,27 +117,6 @@ __device__ __forceinline__ void look(uint2 &v, const uint32_t *p) {
                : "memory");
 }
 
-__device__ __forceinline__ bool absent(uint4 v) {
-  return v.x == ABSENT || v.y == ABSENT || v.z == ABSENT || v.w == ABSENT;
-}
-
-__device__ __forceinline__ bool absent(uint2 v) { return v.x == ABSENT || v.y == ABSENT; }
-
-// Wait until all of some words are there; `from(i)` is where the i-th few are.
-template <int N, class Words, class From>
-__device__ __forceinline__ void collect(Words (&v)[N], From from, uint32_t limit) {
-  bool again;
-  uint32_t tries = 0;
-  do {
-    again = false;
-#pragma unroll
-    for (int i = 0; i < N; i++) look(v[i], from(i));
-#pragma unroll
-    for (int i = 0; i < N; i++) again |= absent(v[i]);
-    if (tries++ > limit) give_up(N);
-  } while (again);
-}
-
 // Four 8 x 8 matrices of 16-bit numbers; each lane names a row of 16 bytes.
 __device__ __forceinline__ uint4 load_matrices(uint32_t address) {
   uint4 a;
@@ -161,18 +143,6 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<uint32_t *>(&pair);
-}
-
-// What rounding to bfloat16 loses, itself in bfloat16: the two have 16 bits between them.
-__device__ __forceinline__ uint32_t pack_rest(float low, float high) {
-  float2 kept = unpack(pack(low, high));
-  return pack(low - kept.x, high - kept.y);
-}
-
-// Over groups of `lanes` neighbouring lanes.
-__device__ __forceinline__ float sum_of(float v, int lanes) {
-  for (int offset = lanes / 2; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
 }
 
 }  // namespace kvist

@@ -4,7 +4,7 @@
 // matrix's rows are dealt out to its members. So what a team computes of attention and MLP it
 // computes alone, and only the residual stream, twice a layer, is gathered from all teams.
 #pragma once
-#include "ptx.cuh"
+#include "words.cuh"
 
 namespace kvist {
 
@@ -25,7 +25,7 @@ constexpr int ACTS = INTERMEDIATE / TEAMS, ACT_ROWS = ACTS / MEMBERS;
 
 static_assert(HEAD_DIM == 128, "lanes hold 8 channels of a head, 16 lanes a head");
 static_assert(HEADS % TEAMS == 0 && Q_HEADS <= 4 && TEAMS % 4 == 0 && MEMBERS % 8 == 0);
-static_assert(HIDDEN % (32 * MEMBERS) == 0 && HIDDEN % (32 * WARPS) == 0 && SLICE <= WORKERS);
+static_assert(HIDDEN % (32 * MEMBERS) == 0 && HIDDEN % (32 * WARPS) == 0);
 static_assert(INTERMEDIATE % BLOCKS == 0 && ACTS % 16 == 0);
 
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -64,6 +64,8 @@ using Out = Product<SLICE, TEAM_Q>;
 using GateUp = Product<2 * ACT_ROWS, HIDDEN, X_WIDTH>;
 using Down = Product<SLICE, ACTS>;
 using Head = Product<16, HIDDEN, X_WIDTH>;
+static_assert(Qkv::ROWS <= WORKERS && SLICE <= WORKERS && ACT_ROWS <= WORKERS, "a thread a row");
+static_assert(TEAM_QKV <= 4 * WORKERS && TEAM_Q / 2 <= WORKERS, "a thread some channels");
 static_assert(Out::PARTS == 1, "a warp keeps its share of attention's output");
 
 constexpr int MOST_ROWS = most(most(Qkv::PADDED, Out::PADDED), most(GateUp::PADDED, 32));
