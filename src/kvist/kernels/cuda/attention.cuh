@@ -5,11 +5,8 @@
 
 namespace kvist {
 
-constexpr int GROUPS = Q_HEADS == 4 ? 2 : 1;   // of query heads; a half warp has one of them
-constexpr int EACH = Q_HEADS / GROUPS;
-constexpr int AT_ONCE = 2 * WARPS / GROUPS;           // positions of a block that are looked at together
-constexpr int DEPTH = 1;                       // of which so many rounds are read ahead
-constexpr float NOTHING = -1e30f;              // a maximum of no scores
+constexpr int DEPTH = 2;           // rounds of positions that are read ahead
+constexpr float NOTHING = -1e30f;  // a maximum of no scores
 
 struct Eight {  // channels 4i .. 4i + 3 and 64 + 4i .. of a head: rotary pairs them
   float v[8];
@@ -29,16 +26,15 @@ struct Attention {
   int cached, count;   // keys in the cache; positions of this block, the new one's included
   int first, group;    // of the positions and heads, this half warp's
   int lane16, team;
-  int active;          // warps that have a position
+  int active;          // of AT_ONCE, how many ever have a position
   int new_round;       // in which this half warp has the new token, or -1
   int new_place;
   float eps;
 
   __device__ Attention(int length, int new_place, float eps, const Place &at)
       : cached(length - 1), new_round(-1), new_place(new_place), eps(eps) {
-    constexpr int in_a_warp = AT_ONCE / WARPS;
     count = length > at.member ? (length - at.member + MEMBERS - 1) / MEMBERS : 0;
-    active = least(WARPS, (count + in_a_warp - 1) / in_a_warp);
+    active = least(AT_ONCE, count);
     const int half = at.warp * 2 + at.lane / 16;
     lane16 = at.lane % 16, group = half % GROUPS, first = half / GROUPS, team = at.team;
     if (length > 0 && cached % MEMBERS == at.member && cached / MEMBERS % AT_ONCE == first) {
@@ -49,6 +45,7 @@ struct Attention {
   // Look up where the block's positions lie in the planes.
   __device__ void place(const int32_t *table, int block_size, Working &working,
                         const Place &at) const {
+#pragma unroll 1
     for (int i = at.warp * 32 + at.lane; i < least(count, MOST_PLACES); i += WORKERS) {
       const int t = i * MEMBERS + at.member;
       working.places[i] = table[t / block_size] * block_size + t % block_size;
@@ -67,6 +64,7 @@ struct Attention {
   __device__ void prefetch(const Layer &layer, const Working &working, int thread,
                            int threads) const {
     const bf16 *plane = thread & 2 ? layer.values : layer.keys;
+#pragma unroll 1
     for (int i = thread / 4; i < count; i += threads / 4) {
       prefetch_line(plane + offset(working.places[i]) + (thread & 1) * 64);
     }
@@ -101,21 +99,16 @@ __device__ __forceinline__ void attend_to_mine(const Attention &a, const Layer &
                                                uint2 (&keys)[DEPTH][2], uint2 (&values)[DEPTH][2],
                                                const uint2 (&q_norm)[2], const uint2 (&k_norm)[2],
                                                Read read) {
-  const int rounds = a.rounds(), i16 = a.lane16;
-  Eight q[EACH];
+  const int rounds = a.rounds(), i16 = a.lane16, head = least(a.group, Q_HEADS - 1);
+  Eight q = a.rotated(Eight::read(working.qkv + head * HEAD_DIM, i16), q_norm, working);
 #pragma unroll
-  for (int h = 0; h < EACH; h++) {
-    const float *head = working.qkv + (a.group * EACH + h) * HEAD_DIM;
-    q[h] = a.rotated(Eight::read(head, i16), q_norm, working);
-#pragma unroll
-    for (int i = 0; i < 8; i++) q[h].v[i] *= 0.08838834764831845f * 1.4426950408889634f;
-  }
+  for (int i = 0; i < 8; i++) q.v[i] *= 0.08838834764831845f * 1.4426950408889634f;
   // The new token is seen as the cache will hold it.
   uint2 new_key[2] = {}, new_value[2] = {};
   if (__any_sync(~0u, a.new_round >= 0)) {
-    const float *head = working.qkv + Q_HEADS * HEAD_DIM;
-    const Eight k = a.rotated(Eight::read(head, i16), k_norm, working);
-    const Eight v = Eight::read(head + HEAD_DIM, i16);
+    const float *raw = working.qkv + TEAM_Q;
+    const Eight k = a.rotated(Eight::read(raw, i16), k_norm, working);
+    const Eight v = Eight::read(raw + HEAD_DIM, i16);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       new_key[i] = make_uint2(pack(k.v[4 * i], k.v[4 * i + 1]), pack(k.v[4 * i + 2], k.v[4 * i + 3]));
@@ -131,62 +124,35 @@ __device__ __forceinline__ void attend_to_mine(const Attention &a, const Layer &
     }
   }
 
-  float highest[EACH], weight[EACH];
-  Eight out[EACH] = {};
-#pragma unroll
-  for (int h = 0; h < EACH; h++) highest[h] = NOTHING, weight[h] = 0;
+  float highest = NOTHING, weight = 0;
+  Eight out = {};
   for (int begin = 0; begin < rounds; begin += DEPTH) {
     if (begin) read(begin);
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) {
       if (begin + i >= rounds) break;
       const bool is_new = a.new_round == begin + i;
-      const bool there = is_new || a.has(begin + i);
       const Eight k = is_new ? Eight::of(new_key[0], new_key[1]) : Eight::of(keys[i][0], keys[i][1]);
-      const Eight v =
-          is_new ? Eight::of(new_value[0], new_value[1]) : Eight::of(values[i][0], values[i][1]);
+      float score = 0;
 #pragma unroll
-      for (int h = 0; h < EACH; h++) {
-        float score = 0;
+      for (int j = 0; j < 8; j++) score = fmaf(q.v[j], k.v[j], score);
+      score = sum_of(score, 16);
+      if (is_new || a.has(begin + i)) {  // what was not read may be anything
+        const Eight v =
+            is_new ? Eight::of(new_value[0], new_value[1]) : Eight::of(values[i][0], values[i][1]);
+        const float higher = fmaxf(highest, score);
+        const float old = power_of_two(highest - higher), now = power_of_two(score - higher);
+        highest = higher, weight = fmaf(weight, old, now);
 #pragma unroll
-        for (int j = 0; j < 8; j++) score = fmaf(q[h].v[j], k.v[j], score);
-        score = sum_of(score, 16);
-        if (there) {  // what was not read may be anything
-          const float higher = fmaxf(highest[h], score);
-          const float old = power_of_two(highest[h] - higher), now = power_of_two(score - higher);
-          highest[h] = higher, weight[h] = fmaf(weight[h], old, now);
-#pragma unroll
-          for (int j = 0; j < 8; j++) out[h].v[j] = fmaf(now, v.v[j], out[h].v[j] * old);
-        }
+        for (int j = 0; j < 8; j++) out.v[j] = fmaf(now, v.v[j], out.v[j] * old);
       }
     }
   }
-
-  // One output a warp.
-#pragma unroll
-  for (int h = 0; h < EACH; h++) {
-    if (GROUPS == 1) {
-      const float both = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 16));
-      const float scale = power_of_two(highest[h] - both);
-      highest[h] = both, weight[h] *= scale;
-      weight[h] += __shfl_xor_sync(~0u, weight[h], 16);
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const float mine = out[h].v[j] * scale;
-        out[h].v[j] = mine + __shfl_xor_sync(~0u, mine, 16);
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < EACH; h++) {
-    const int head = a.group * EACH + h;
-    if (GROUPS == 1 && h % 2 != at.lane / 16) continue;  // half of the writing each
-    float *to = working.head_out[at.warp] + head * HEAD_DIM + 4 * i16;
-    const float *v = out[h].v;
-    *reinterpret_cast<float4 *>(to) = make_float4(v[0], v[1], v[2], v[3]);
-    *reinterpret_cast<float4 *>(to + 64) = make_float4(v[4], v[5], v[6], v[7]);
-    if (i16 == 0) working.head_stats[at.warp][head] = make_float2(highest[h], weight[h]);
-  }
+  if (a.group >= Q_HEADS) return;
+  float *to = working.head_out[a.first] + head * HEAD_DIM + 4 * i16;
+  *reinterpret_cast<float4 *>(to) = make_float4(out.v[0], out.v[1], out.v[2], out.v[3]);
+  *reinterpret_cast<float4 *>(to + 64) = make_float4(out.v[4], out.v[5], out.v[6], out.v[7]);
+  if (i16 == 0) working.head_stats[a.first][head] = make_float2(highest, weight);
 }
 
 // Attend, and publish the block's part. All `WORKERS` threads call it.
@@ -206,7 +172,7 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer,
       values[i][0] = __ldcg(v), values[i][1] = __ldcg(v + 16);
     }
   };
-  const bool busy = at.warp < a.active;
+  const bool busy = 2 * at.warp / GROUPS < a.active;
   uint2 q_norm[2] = {}, k_norm[2] = {};
   if (busy) read(0);
   if (QK_NORM && busy) {
@@ -231,18 +197,21 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer,
   if (thread >= TEAM_Q / 2) return;
   const int head = thread / (HEAD_DIM / 2);
   float top = NOTHING, sum = 0, x = 0, y = 0;
-  for (int warp = 0; warp < a.active; warp++) top = fmaxf(top, working.head_stats[warp][head].x);
-  for (int warp = 0; warp < a.active; warp++) {
-    const float2 stats = working.head_stats[warp][head];
-    const float2 o = *reinterpret_cast<const float2 *>(working.head_out[warp] + 2 * thread);
+#pragma unroll 4
+  for (int i = 0; i < a.active; i++) top = fmaxf(top, working.head_stats[i][head].x);
+#pragma unroll 4
+  for (int i = 0; i < a.active; i++) {
+    const float2 stats = working.head_stats[i][head];
+    const float2 o = *reinterpret_cast<const float2 *>(working.head_out[i] + 2 * thread);
     const float scale = power_of_two(stats.x - top);
     sum = fmaf(stats.y, scale, sum), x = fmaf(o.x, scale, x), y = fmaf(o.y, scale, y);
   }
-  const int part = PARTS_AT + (at.team * MEMBERS + at.member) * PART;
-  exchange.put(part + lane_order(2 * thread) / 2, pack(x, y));
-  if (thread % (HEAD_DIM / 2) == 0) {
-    exchange.put(part + TEAM_Q / 2 + 2 * head, top);
-    exchange.put(part + TEAM_Q / 2 + 2 * head + 1, sum);
+  const int part =
+      PARTS_AT + ((at.team * (TEAM_Q / 16) + thread / 8) * MEMBERS + at.member) * PART;
+  exchange.put(part + lane_order(2 * (thread % 8)) / 2, pack(x, y));
+  if (thread % 8 == 0) {
+    exchange.put(part + 8, top);
+    exchange.put(part + 9, sum);
   }
 }
 
@@ -250,15 +219,12 @@ __device__ __forceinline__ void attend(const Attention &a, const Layer &layer,
 __device__ __forceinline__ uint2 attended(const Exchange &exchange, int step, const Place &at,
                                           uint32_t limit) {
   constexpr int MINE = MEMBERS / 8;
-  const int column = at.lane / 4, q = at.lane % 4, head = step / (HEAD_DIM / 16);
-  const uint32_t *parts = exchange.now + PARTS_AT + (at.team * MEMBERS + column) * PART;
+  const int column = at.lane / 4, q = at.lane % 4;
+  const uint32_t *parts =
+      exchange.now + PARTS_AT + ((at.team * (TEAM_Q / 16) + step) * MEMBERS + column) * PART;
   uint2 words[2 * MINE];
   collect(
-      words,
-      [&](int i) {
-        return parts + i / 2 * 8 * PART + (i % 2 ? TEAM_Q / 2 + 2 * head : step * 8 + q * 2);
-      },
-      limit);
+      words, [&](int i) { return parts + i / 2 * 8 * PART + (i % 2 ? 8 : q * 2); }, limit);
   float top = NOTHING;
 #pragma unroll
   for (int i = 0; i < MINE; i++) top = fmaxf(top, __uint_as_float(words[2 * i + 1].x));

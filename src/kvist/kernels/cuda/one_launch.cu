@@ -25,82 +25,93 @@ struct Step {
 };
 
 // A warp's share of the residual stream, which all blocks hold: in units of 32 channels, of which
-// lane 8g + 4s + q has channels 2q, 2q + 1, 2q + 8 and 2q + 9 of the s-th 16, for each g the same.
+// lane 8g + 4s + q has channels 2q, 2q + 1, 2q + 8 and 2q + 9 of the s-th 16, for units g, g + 4 ….
 // They are those that the warp will multiply.
 struct Residual {
   static constexpr int UNITS = HIDDEN / (32 * WARPS), OF_PART = X_WIDTH / (32 * WARPS);
-  float v[UNITS][4];
+  static constexpr int MINE = (UNITS + 3) / 4;
+  float v[MINE][4];
 
-  __device__ static int unit(int i, int warp) {  // its first channel
-    return i / OF_PART * X_WIDTH + warp * (X_WIDTH / WARPS) + i % OF_PART * 32;
+  __device__ static bool has(int i, int lane) { return 4 * i + lane / 8 < UNITS; }
+  __device__ static int first(int i, const Place &at) {  // channel of the i-th unit
+    const int unit = least(4 * i + at.lane / 8, UNITS - 1);
+    return unit / OF_PART * X_WIDTH + at.warp * (X_WIDTH / WARPS) + unit % OF_PART * 32;
   }
-  __device__ static int mine(int lane) { return (lane / 4 % 2) * 16 + 2 * (lane % 4); }
-
-  __device__ void begin(const bf16 *embedding, const Place &at) {
+  // Four numbers of each unit, of a vector in bfloat16.
+  __device__ static void read(uint2 (&to)[MINE], const bf16 *from, const Place &at) {
 #pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-      const bf16 *from = embedding + unit(i, at.warp) + mine(at.lane);
-      const float2 a = unpack(*reinterpret_cast<const uint32_t *>(from));
-      const float2 b = unpack(*reinterpret_cast<const uint32_t *>(from + 8));
+    for (int i = 0; i < MINE; i++) {
+      const bf16 *two = from + first(i, at) + at.lane / 4 % 2 * 16 + at.lane % 4 * 2;
+      to[i].x = *reinterpret_cast<const uint32_t *>(two);
+      to[i].y = *reinterpret_cast<const uint32_t *>(two + 8);
+    }
+  }
+  __device__ void begin(const bf16 *embedding, const Place &at) {
+    uint2 pairs[MINE];
+    read(pairs, embedding, at);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+      const float2 a = unpack(pairs[i].x), b = unpack(pairs[i].y);
       v[i][0] = a.x, v[i][1] = a.y, v[i][2] = b.x, v[i][3] = b.y;
     }
   }
-
-  // Add what the teams computed; each g looks at every fourth of them.
+  // Add what all teams computed.
   __device__ void gather(const Exchange &exchange, int turn, const Place &at, uint32_t limit) {
-    constexpr int MINE = TEAMS / 4;
-    uint4 words[UNITS * MINE];
-    const uint32_t *sums =
-        exchange.now + SUMS_AT + (turn * TEAMS + at.lane / 8) * HIDDEN + at.lane % 8 * 4;
-    collect(
-        words, [&](int i) { return sums + i % MINE * 4 * HIDDEN + unit(i / MINE, at.warp); },
-        limit);
+    uint4 words[MINE];
+    const uint32_t *totals = exchange.now + TOTALS_AT + turn * HIDDEN + at.lane % 8 * 4;
+    collect(words, [&](int i) { return totals + first(i, at); }, limit);
 #pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-      float sum[4] = {};
-#pragma unroll
-      for (int j = 0; j < MINE; j++) {
-        const uint4 w = words[i * MINE + j];
-        sum[0] += __uint_as_float(w.x), sum[1] += __uint_as_float(w.y);
-        sum[2] += __uint_as_float(w.z), sum[3] += __uint_as_float(w.w);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        sum[j] += __shfl_xor_sync(~0u, sum[j], 8);
-        sum[j] += __shfl_xor_sync(~0u, sum[j], 16);
-        v[i][j] += sum[j];
-      }
+    for (int i = 0; i < MINE; i++) {
+      v[i][0] += __uint_as_float(words[i].x), v[i][1] += __uint_as_float(words[i].y);
+      v[i][2] += __uint_as_float(words[i].z), v[i][3] += __uint_as_float(words[i].w);
     }
   }
-
   // Leave it, times a norm's weights, for this warp's products; the norm's scale, which depends on
   // all warps, is applied after them.
-  __device__ void normalise(const uint2 (&weights)[UNITS], Working &working, const Place &at) const {
+  __device__ void normalise(const uint2 (&weights)[MINE], Working &working, const Place &at) const {
     float squares = 0;
 #pragma unroll
-    for (int i = 0; i < UNITS; i++) {
+    for (int i = 0; i < MINE; i++) {
+      if (!has(i, at.lane)) continue;
       const float2 w = unpack(weights[i].x), u = unpack(weights[i].y);
       const float a = v[i][0] * w.x, b = v[i][1] * w.y, c = v[i][2] * u.x, d = v[i][3] * u.y;
 #pragma unroll
       for (int j = 0; j < 4; j++) squares = fmaf(v[i][j], v[i][j], squares);
-      if (at.lane < 8) {
-        working.x[unit(i, at.warp) / 4 + at.lane] =
-            make_uint4(pack(a, b), pack(c, d), pack_rest(a, b), pack_rest(c, d));
-      }
+      working.x[first(i, at) / 4 + at.lane % 8] =
+          make_uint4(pack(a, b), pack(c, d), pack_rest(a, b), pack_rest(c, d));
     }
-    squares = sum_of(squares, 8);
+    squares = sum_of(squares, 32);
     if (at.lane == 0) working.squares[at.warp] = squares;
     __syncwarp();
   }
-  __device__ static void read(uint2 (&weights)[UNITS], const bf16 *norm, const Place &at) {
+};
+
+// Add up what the teams computed for this block's own channels, and publish it. One warp calls it.
+__device__ __forceinline__ void add_up(const Exchange &exchange, int turn, const Place &at,
+                                       uint32_t limit) {
+  constexpr int LANES = 32 / TEAMS, FOURS = OWN / 4, ROUNDS = (FOURS + LANES - 1) / LANES;
+  const int team = at.lane / LANES, own = at.member * SLICE + at.team * OWN;
+  const uint32_t *sums = exchange.now + SUMS_AT + (turn * TEAMS + team) * HIDDEN + own;
+  auto four = [&](int i) { return i * LANES + at.lane % LANES; };
+  uint4 words[ROUNDS];
+  collect(words, [&](int i) { return sums + least(four(i), FOURS - 1) * 4; }, limit);
 #pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-      const bf16 *from = norm + unit(i, at.warp) + mine(at.lane);
-      weights[i].x = *reinterpret_cast<const uint32_t *>(from);
-      weights[i].y = *reinterpret_cast<const uint32_t *>(from + 8);
+  for (int i = 0; i < ROUNDS; i++) {
+    const uint4 w = words[i];
+    float sum[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
+                    __uint_as_float(w.w)};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      for (int offset = LANES; offset < 32; offset *= 2) {
+        sum[j] += __shfl_xor_sync(~0u, sum[j], offset);
+      }
+    }
+    if (team < 4 && four(i) < FOURS) {  // a word a lane
+      const float mine = team < 2 ? (team ? sum[1] : sum[0]) : (team == 2 ? sum[2] : sum[3]);
+      exchange.put(TOTALS_AT + turn * HIDDEN + own + four(i) * 4 + team, mine);
     }
   }
-};
+}
 
 __device__ __forceinline__ float norm_scale(const Working &working, float eps) {
   float sum = 0;
@@ -150,7 +161,7 @@ __device__ void follow(const Step &p, Ring ring, Working &working, const Place &
   const int warp = at.warp, lane = at.lane, thread = warp * 32 + lane;
   const uint32_t limit = p.spin_limit;
   Residual residual;
-  uint2 norm[Residual::UNITS];
+  uint2 norm[Residual::MINE];
   const Attention attention(*p.length, static_cast<int>(*p.place), p.eps, at);
   attention.place(p.table, p.block_size, working, at);
   if (thread < HEAD_DIM / 2) {
@@ -176,6 +187,7 @@ __device__ void follow(const Step &p, Ring ring, Working &working, const Place &
       const int channel = at.member * SLICE + thread;
       exchange.put(at_team + lane_order(channel), sum);
     }
+    if (warp == WARPS - 1) add_up(exchange, turn, at, limit);
   };
 
   residual.begin(p.embedding + *p.token * HIDDEN, at);

@@ -117,10 +117,9 @@ class Shape:
     @property
     def layer_words(self) -> int:
         """Words that blocks exchange in a layer, for this step and the next; ABSENT at first."""
-        q_heads = self.heads // self.kv_heads
-        team = 2 * self.hidden + (q_heads + 2) * self.head_dim
-        team += self.members * (q_heads * self.head_dim // 2 + (2 * q_heads + 3) // 4 * 4)
-        return 2 * (self.kv_heads * team + self.intermediate)
+        team_q = self.heads // self.kv_heads * self.head_dim
+        team = 2 * self.hidden + team_q + 2 * self.head_dim + team_q // 16 * self.members * 12
+        return 2 * (self.kv_heads * team + 2 * self.hidden + self.intermediate)
 
 
 class Library:

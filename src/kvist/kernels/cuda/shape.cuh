@@ -70,6 +70,9 @@ static_assert(Out::PARTS == 1, "a warp keeps its share of attention's output");
 
 constexpr int MOST_ROWS = most(most(Qkv::PADDED, Out::PADDED), most(GateUp::PADDED, 32));
 
+// In attention half a warp has a query head and a position: so many heads, and positions at once.
+constexpr int GROUPS = Q_HEADS == 1 ? 1 : round_up(Q_HEADS, 2);
+constexpr int AT_ONCE = 2 * WARPS / GROUPS;
 constexpr int LONGEST = 8192;                // positions
 constexpr int MOST_PLACES = LONGEST / MEMBERS;
 
@@ -83,8 +86,8 @@ struct Working {
   int places[MOST_PLACES];                   // of this block's positions in the planes
   // Of products, each warp's sums; two, for warps may still add up one while others fill the next.
   float sums[2][WARPS][MOST_ROWS];
-  float head_out[WARPS][TEAM_Q];             // of attention, each warp's
-  float2 head_stats[WARPS][Q_HEADS];         // its scores' maximum, sum of weights
+  float head_out[AT_ONCE][TEAM_Q];           // of attention, by positions looked at together
+  float2 head_stats[AT_ONCE][Q_HEADS];       // its scores' maximum, sum of weights
 };
 
 constexpr int SLOTS = (MOST_SHARED - static_cast<int>(sizeof(Working)) - 256) / (SLOT + 16);
@@ -110,13 +113,15 @@ constexpr int MOST_LAYERS = 64;
 __device__ __forceinline__ int lane_order(int channel) {
   return (channel & ~15) | (channel & 6) << 1 | (channel & 8) >> 2 | (channel & 1);
 }
-constexpr int PART = TEAM_Q / 2 + round_up(2 * Q_HEADS, 4);  // a member's attention output, bfloat16
+constexpr int OWN = HIDDEN / BLOCKS;  // channels of which a block adds up what all teams computed
+constexpr int PART = 12;              // 16 channels in pairs, maximum, sum of weights, 2 unused
 constexpr int SUMS_AT = 0;                                  // [2][TEAMS][HIDDEN]
-constexpr int QKV_AT = SUMS_AT + 2 * TEAMS * HIDDEN;        // [TEAMS][TEAM_QKV]
-constexpr int PARTS_AT = QKV_AT + TEAMS * TEAM_QKV;         // [TEAMS][MEMBERS][PART]
-constexpr int ACTS_AT = PARTS_AT + TEAMS * MEMBERS * PART;  // [TEAMS][ACTS]
+constexpr int TOTALS_AT = SUMS_AT + 2 * TEAMS * HIDDEN;     // [2][HIDDEN]
+constexpr int QKV_AT = TOTALS_AT + 2 * HIDDEN;              // [TEAMS][TEAM_QKV]
+constexpr int PARTS_AT = QKV_AT + TEAMS * TEAM_QKV;         // [TEAMS][TEAM_Q / 16][MEMBERS][PART]
+constexpr int ACTS_AT = PARTS_AT + TEAMS * TEAM_Q / 16 * MEMBERS * PART;  // [TEAMS][ACTS]
 constexpr int LAYER_WORDS = ACTS_AT + TEAMS * ACTS;
-static_assert(LAYER_WORDS % 4 == 0 && PART % 4 == 0);
+static_assert(LAYER_WORDS % 4 == 0 && OWN % 4 == 0);
 
 // One layer's words of this step, and of the step after it, which nobody reads before it.
 struct Exchange {

@@ -21,8 +21,10 @@ struct Ring {
 // Copy what `Product` reads, once there is room; `row(i)` is where row i begins. One warp calls it.
 template <class P, class Row>
 __device__ __forceinline__ void fill(Ring &ring, Row row, int rows, uint64_t policy) {
+#pragma unroll 1
   for (int first = 0; first < rows; first += P::BLOCK_ROWS) {
     const int count = least(P::BLOCK_ROWS, rows - first);
+#pragma unroll 1
     for (int part = 0; part < P::PARTS; part++) {
       const uint32_t full = ring.full + ring.slot * 8, to = ring.slots + ring.slot * SLOT;
       barrier_wait(ring.empty + ring.slot * 8, ring.parity ^ 1, ring.limit);
@@ -50,37 +52,47 @@ __device__ __forceinline__ void multiply(Ring &ring, Operand operand, float *sum
                                          int lane) {
   const int begin = P::begin(warp), end = P::end(warp);
   const uint32_t offset = (lane & 15) * P::PITCH + (lane >> 4) * 16;
+  // Several slots' products are under way at once, and a tile's even and odd steps.
+  constexpr int GROUP = least(P::ROW_BLOCKS, most(1, 4 / P::TILES));
 #pragma unroll 1
-  for (int block = 0; block < P::ROW_BLOCKS; block++) {
-    float acc[P::TILES][4] = {};
+  for (int first = 0; first < P::ROW_BLOCKS; first += GROUP) {
+    float acc[GROUP][P::TILES][2][4] = {};
 #pragma unroll
-    for (int part = 0; part < P::PARTS; part++) {
-      const uint32_t from = ring.slots + ring.slot * SLOT + offset;
-      barrier_wait(ring.full + ring.slot * 8, ring.parity, ring.limit);
+    for (int block = 0; block < GROUP; block++) {
+      if (first + block >= P::ROW_BLOCKS) break;
 #pragma unroll
-      for (int i = 0; i < P::MOST_STEPS; i++) {
-        if (begin + i < end) {
-          const uint2 b = operand(part, i);
+      for (int part = 0; part < P::PARTS; part++) {
+        const uint32_t from = ring.slots + ring.slot * SLOT + offset + begin * 32;
+        barrier_wait(ring.full + ring.slot * 8, ring.parity, ring.limit);
 #pragma unroll
-          for (int tile = 0; tile < P::TILES; tile++) {
-            if (block * P::BLOCK_ROWS + tile * 16 < P::ROWS) {
-              const uint32_t at = from + tile * 16 * P::PITCH + (begin + i) * 32;
-              multiply_add(acc[tile], load_matrices(at), b);
+        for (int i = 0; i < P::MOST_STEPS; i++) {
+          if (P::STEPS % WARPS == 0 || begin + i < end) {
+            const uint2 b = operand(part, i);
+#pragma unroll
+            for (int tile = 0; tile < P::TILES; tile++) {
+              if ((first + block) * P::BLOCK_ROWS + tile * 16 < P::ROWS) {
+                const uint4 a = load_matrices(from + tile * 16 * P::PITCH + i * 32);
+                multiply_add(acc[block][tile][i % 2], a, b);
+              }
             }
           }
         }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring.empty + ring.slot * 8);
+        ring.advance();
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(ring.empty + ring.slot * 8);
-      ring.advance();
     }
     if (lane % 4 == 0) {
 #pragma unroll
-      for (int tile = 0; tile < P::TILES; tile++) {
-        const int row = block * P::BLOCK_ROWS + tile * 16 + lane / 4;
-        if (row - lane / 4 < P::ROWS) {
-          sums[row] = acc[tile][0] + acc[tile][1];
-          sums[row + 8] = acc[tile][2] + acc[tile][3];
+      for (int block = 0; block < GROUP; block++) {
+#pragma unroll
+        for (int tile = 0; tile < P::TILES; tile++) {
+          const int row = (first + block) * P::BLOCK_ROWS + tile * 16;
+          const auto &c = acc[block][tile];
+          if (row < P::ROWS) {
+            sums[row + lane / 4] = (c[0][0] + c[1][0]) + (c[0][1] + c[1][1]);
+            sums[row + lane / 4 + 8] = (c[0][2] + c[1][2]) + (c[0][3] + c[1][3]);
+          }
         }
       }
     }
