@@ -186,12 +186,18 @@ def test_what_it_wrote_is_what_the_models_forward_would_read(opened: Opened) -> 
         close(values, own_values, 0.05)
 
 
-def test_a_bfloat16_cache_costs_little(opened: Opened) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_bfloat16_cache_costs_little_and_nothing_on_matrix_units(
+    opened: Opened, isa: str
+) -> None:
     model, _ = opened()
-    step = make_step(opened, threads=2)
-    [expected] = logits_of(model, step, CHUNKED)
-    [found] = logits_of(model, step, CHUNKED, dtype=torch.bfloat16)
-    close(found, expected, 0.04)
+    step = make_step(opened, threads=2, isa=isa)
+    for chunks in (CHUNKED, LONG_CHUNKED):
+        [expected] = logits_of(model, step, chunks)
+        [found] = logits_of(model, step, chunks, dtype=torch.bfloat16)
+        close(found, expected, 0.04)
+        if step.packed.cache_dtype == torch.bfloat16:
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("sinks", [0, 3])

@@ -131,7 +131,8 @@ class Model:
         """A codec for this model's cache, by name; raises CacheError where there is none."""
         from kvist.cache.codecs import make_codec
 
-        return make_codec(name, self.dtype, lambda: self.calibration)
+        stored = None if self.native is None else self.native.packed.cache_dtype
+        return make_codec(name, self.dtype, lambda: self.calibration, stored=stored)
 
     @cached_property
     def calibration(self) -> "Calibration":

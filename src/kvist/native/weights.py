@@ -113,6 +113,11 @@ class PackedModel:
             return "float32"
         return "bfloat16" if self.isa == "amx" else "8-bit"
 
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """What keys and values are rounded to before they are multiplied; None is not at all."""
+        return torch.bfloat16 if self.activations == "bfloat16" else None
+
 
 def pack_model(
     config: DecoderConfig,

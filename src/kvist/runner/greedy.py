@@ -4,6 +4,7 @@ On a CPU by numpy, in microseconds: torch would wake a second thread for a row o
 let it spin on a core that the next step needs. Called by the sampler, the loop and the runner.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,4 +22,4 @@ def finite_rows(logits: Tensor) -> Tensor:
     """`[R, vocab]` -> `[R]` bool, whether a row can be sampled from: no NaN, some finite number."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return logits.amax(dim=-1).isfinite()
-    return torch.from_numpy(logits.numpy().max(axis=-1)).isfinite()
+    return torch.from_numpy(np.isfinite(logits.numpy().max(axis=-1)))

@@ -35,7 +35,13 @@ CODECS: dict[str, Callable[[torch.dtype, Calibrate], Codec]] = {
 }
 
 
-def make_codec(name: str, dtype: torch.dtype, calibrate: Calibrate = _uncalibrated) -> Codec:
+def make_codec(
+    name: str,
+    dtype: torch.dtype,
+    calibrate: Calibrate = _uncalibrated,
+    *,
+    stored: torch.dtype | None = None,
+) -> Codec:
     """The codec of this name for a model that computes in `dtype`.
 
     Args:
@@ -43,12 +49,13 @@ def make_codec(name: str, dtype: torch.dtype, calibrate: Calibrate = _uncalibrat
         dtype: in which it decodes.
         calibrate: gives the mean of the model's keys (`Model.calibration`). Without it int4 takes
             the mean as zero: right, but with more error; planes and bytes are the same.
+        stored: in which `plain` keeps keys and values, None for `dtype`; see `Plain`.
 
     Raises:
         CacheError: no codec of this name.
     """
     if "," in name:
-        return parse_layers(name, lambda part: make_codec(part, dtype, calibrate))
+        return parse_layers(name, lambda part: make_codec(part, dtype, calibrate, stored=stored))
     if name not in CODECS:
         raise CacheError(f"no codec named {name!r}; there are: {', '.join(CODECS)}")
-    return CODECS[name](dtype, calibrate)
+    return Plain(dtype, stored) if name == "plain" else CODECS[name](dtype, calibrate)

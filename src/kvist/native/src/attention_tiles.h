@@ -23,17 +23,22 @@ struct SpanTiles {
     alignas(64) uint8_t values[RUNS / 2 * MOST_NARROW * TILE_BYTES];
 };
 
-// 32 channels of a token from `channel` on, zeros behind the last.
-inline __m512i rounded_channels(const float* token, int channel, int head_dim) {
+// 32 channels of a token from `channel` on, rounded, zeros behind the last.
+inline __m512i channels_of(const float* token, int channel, int head_dim) {
     const Floats second = channel + 16 < head_dim ? load(token + channel + 16) : splat(0.f);
     return rounded(load(token + channel), second);
 }
 
-inline void put_keys(const float* const* tokens, int head_dim, uint8_t* to) {
+inline __m512i channels_of(const uint16_t* token, int channel, int head_dim) {
+    return channel + 16 < head_dim ? _mm512_loadu_si512(token + channel)
+                                   : _mm512_maskz_loadu_epi16(0xffff, token + channel);
+}
+
+template <typename T> inline void put_keys(const T* const* tokens, int head_dim, uint8_t* to) {
     for (int channel = 0; channel < head_dim; channel += 32, to += TILE_BYTES) {
         __m512 v[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) v[i] = (__m512)rounded_channels(tokens[i], channel, head_dim);
+        for (int i = 0; i < 16; i++) v[i] = (__m512)channels_of(tokens[i], channel, head_dim);
         transpose(v);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) _mm512_store_ps(to + 64 * i, v[i]);
@@ -41,12 +46,22 @@ inline void put_keys(const float* const* tokens, int head_dim, uint8_t* to) {
 }
 
 // Half of the rows of the tiles of 32 positions.
-inline void put_values(const float* const* tokens, int head_dim, uint8_t* to) {
-    for (int channel = 0; channel < head_dim; channel += 16, to += TILE_BYTES)
+template <typename T> inline void put_values(const T* const* tokens, int head_dim, uint8_t* to) {
+    alignas(64) static constexpr uint16_t IN_TURN[2][32] = {
+        {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    const __m512i low = _mm512_load_si512(IN_TURN[0]), high = _mm512_load_si512(IN_TURN[1]);
+    for (int channel = 0; channel < head_dim; channel += 32, to += 2 * TILE_BYTES)
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++)
-            _mm512_store_si512(to + 64 * i, rounded_pairs(load(tokens[2 * i] + channel),
-                                                          load(tokens[2 * i + 1] + channel)));
+        for (int i = 0; i < 8; i++) {
+            const __m512i even = channels_of(tokens[2 * i], channel, head_dim);
+            const __m512i odd = channels_of(tokens[2 * i + 1], channel, head_dim);
+            _mm512_store_si512(to + 64 * i, _mm512_permutex2var_epi16(even, low, odd));
+            if (channel + 16 < head_dim)
+                _mm512_store_si512(to + TILE_BYTES + 64 * i, _mm512_permutex2var_epi16(even, high, odd));
+        }
 }
 
 // Bit i: whether the range holds the position `from` + i, of 16.
@@ -56,30 +71,86 @@ inline uint32_t bits_of(const Range& range, int from) {
     return low >= 16 ? 0 : low <= 0 ? below_high : below_high >> low << low;
 }
 
-// The span's tiles; returns the runs between which all lies that some query sees.
-template <bool FETCH>
-inline Range read_span(const Attention& task, const Seen& seen, SpanTiles& to) {
-    const int head_dim = task.head_dim, wide = (head_dim + 31) / 32, narrow = head_dim / 16;
-    alignas(64) float space[16 * MOST_HEAD_DIM];
+// The tokens at `count` positions from `from` on, as floats or as the bfloat16 that they are: then
+// `put(tokens)`. Zeros are those whose bit in `wanted` is not set.
+template <bool FETCH, typename Put>
+inline void with_tokens(const HeadPlane& plane, int from, uint32_t wanted, int head_dim, Put put) {
     alignas(64) static const float zeros[MOST_HEAD_DIM] = {};
-    const float* tokens[16];
-    Range runs{RUNS, 0};
+    alignas(64) float space[16 * MOST_HEAD_DIM];
+    const void* tokens[16];
+    const int count = wanted ? 32 - __builtin_clz(wanted) : 0;
+    const bool halves = plane.element == BF16;
+    if (count && halves) find_sixteen<FETCH>(plane, from, count, head_dim, (const uint8_t**)tokens);
+    else if (count) read_sixteen<FETCH>(plane, from, count, head_dim, space, (const float**)tokens);
+    for (int i = 0; i < 16 && wanted != 0xffff; i++)
+        if (!(wanted >> i & 1)) tokens[i] = zeros;
+    if (halves) put((const uint16_t* const*)tokens);
+    else put((const float* const*)tokens);
+}
+
+// The span's keys as tiles, where `with_keys`, and its values. Where nothing is seen weights are zero,
+// and what they meet there has to be finite.
+template <bool FETCH>
+inline void read_span(const Attention& task, const uint32_t* wanted, bool with_keys, SpanTiles& to) {
+    const int head_dim = task.head_dim, wide = (head_dim + 31) / 32, narrow = head_dim / 16;
     for (int run = 0; run < RUNS; run++) {
         const int from = task.begin + 16 * run;
-        const uint32_t wanted = bits_of(seen.ranges[0], from) | bits_of(seen.ranges[1], from);
-        if (wanted) {
-            const int count = 32 - __builtin_clz(wanted);
-            runs = {runs.end ? runs.begin : run, run + 1};
-            read_sixteen<FETCH>(task.keys, from, count, head_dim, space, tokens);
-            put_keys(tokens, head_dim, to.keys + run * wide * TILE_BYTES);
-            read_sixteen<FETCH>(task.values, from, count, head_dim, space, tokens);
-        }
-        // Weights are zero where nothing is seen; what they meet there has to be finite.
-        for (int i = 0; i < 16 && wanted != 0xffff; i++)
-            if (!(wanted >> i & 1)) tokens[i] = zeros;
-        put_values(tokens, head_dim, to.values + run / 2 * narrow * TILE_BYTES + run % 2 * (TILE_BYTES / 2));
+        if (wanted[run] && with_keys)
+            with_tokens<FETCH>(task.keys, from, wanted[run], head_dim, [&](auto tokens) {
+                put_keys(tokens, head_dim, to.keys + run * wide * TILE_BYTES);
+            });
+        with_tokens<FETCH>(task.values, from, wanted[run], head_dim, [&](auto tokens) {
+            put_values(tokens, head_dim,
+                       to.values + run / 2 * narrow * TILE_BYTES + run % 2 * (TILE_BYTES / 2));
+        });
     }
-    return runs;
+}
+
+// Scores of up to 16 queries over keys in bfloat16, which are the first operand as they lie: out
+// [queries, SPAN]. (Tiles are named by literals: sums in 2 and 3.)
+template <bool FETCH>
+inline void multiply_keys_in_place(const Attention& task, const uint32_t* wanted, float* out) {
+    const int wide = task.head_dim / 32, bytes = task.head_dim * 2;
+    alignas(64) uint32_t queries[MOST_WIDE][16][16] = {};  // dword [channel / 2][query]
+    alignas(64) uint8_t copy[16 * MOST_HEAD_DIM * 2];
+    alignas(64) float sums[RUNS][16][16];
+    for (int i = 0; i < task.queries; i++)
+        for (int c = 0; c < wide; c++) {
+            alignas(64) uint32_t pairs[16];
+            _mm512_store_si512(pairs, channels_of(task.q + i * task.head_dim, 32 * c, task.head_dim));
+            for (int pair = 0; pair < 16; pair++) queries[c][pair][i] = pairs[pair];
+        }
+    for (int run = 0; run < RUNS; run++) {
+        if (!wanted[run]) continue;
+        const uint8_t* tokens[16];
+        const int count = 32 - __builtin_clz(wanted[run]);
+        find_sixteen<FETCH>(task.keys, task.begin + 16 * run, count, task.head_dim, tokens);
+        const uint8_t* x = tokens[0];
+        int64_t stride = tokens[1] - tokens[0];
+        bool even = count == 16;
+        for (int i = 2; i < 16; i++) even &= tokens[i] - tokens[i - 1] == stride;
+        if (!even) {
+            for (int i = 0; i < 16; i++) memcpy(copy + i * bytes, tokens[i], (size_t)bytes);
+            x = copy, stride = bytes;
+        }
+        _tile_zero(2);
+        for (int c = 0; c < wide; c++) {
+            _tile_loadd(5, x + 64 * c, stride);
+            _tile_loadd(6, queries[c], 64);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        _tile_stored(2, sums[run], 64);
+    }
+    for (int run = 0; run < RUNS; run++) {
+        if (!wanted[run]) continue;
+        __m512 v[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums[run][i]);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            if (i < task.queries) _mm512_store_ps(out + i * SPAN + 16 * run, v[i]);
+    }
 }
 
 // Scores of a tile of queries: out [16, SPAN]. (Tiles are named by literals: sums in 0 to 3.)
@@ -151,27 +222,40 @@ inline void weigh_rounded(const float* scores, const Range (&seen)[2], int begin
     most[0] = m, most[1] = sum(total);
 }
 
-void attend_on_tiles(const Attention& task) {
+template <bool FETCH> inline void attend_span(const Attention& task) {
     const int head_dim = task.head_dim, wide = (head_dim + 31) / 32, narrow = head_dim / 16;
-    const int rows = task.queries < ROW_TILE ? task.queries : ROW_TILE;
+    const int rows = least(task.queries, ROW_TILE), tiles = (task.queries + ROW_TILE - 1) / ROW_TILE;
     const int64_t ld = part_record(head_dim);
-    SpanTiles span;
     constexpr int TILES = MOST_TOGETHER / ROW_TILE;
+    SpanTiles span;
     alignas(64) uint8_t queries[TILES * MOST_WIDE * TILE_BYTES], weights[TILES * RUNS / 2 * TILE_BYTES];
     alignas(64) float scores[MOST_TOGETHER * SPAN], spare[ROW_TILE * (MOST_HEAD_DIM + 16)];
     const Seen seen = seen_by(task, 0, task.queries);
-    const Range runs = task.fetch ? read_span<true>(task, seen, span) : read_span<false>(task, seen, span);
-    for (int i = 0; i < task.queries; i++)
-        for (int c = 0; c < wide; c++)
-            _mm512_store_si512(queries + (i / ROW_TILE * wide + c) * TILE_BYTES + i % ROW_TILE * 64,
-                               rounded_channels(task.q + i * head_dim, 32 * c, head_dim));
+    uint32_t wanted[RUNS];
+    Range runs{RUNS, 0};  // between which all lies that some query sees
+    for (int run = 0; run < RUNS; run++) {
+        const int from = task.begin + 16 * run;
+        wanted[run] = bits_of(seen.ranges[0], from) | bits_of(seen.ranges[1], from);
+        if (wanted[run]) runs = {runs.end ? runs.begin : run, run + 1};
+    }
+    // Keys of few queries are not worth to be turned round, if they are in bfloat16 already.
+    const bool in_place = tiles == 1 && task.keys.element == BF16 && head_dim % 32 == 0;
+    read_span<FETCH>(task, wanted, !in_place, span);
     TileShapes shapes;
     shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = (uint8_t)rows;
     const Tiles unit(shapes);
     // The unit and vectors work in turn, and each change costs: so all tiles take a step together.
-    const int tiles = (task.queries + ROW_TILE - 1) / ROW_TILE;
-    for (int i = 0; i < tiles; i++)
-        multiply_keys(queries + i * wide * TILE_BYTES, span.keys, wide, runs, scores + i * ROW_TILE * SPAN);
+    if (in_place) {
+        multiply_keys_in_place<FETCH>(task, wanted, scores);
+    } else {
+        for (int i = 0; i < task.queries; i++)
+            for (int c = 0; c < wide; c++)
+                _mm512_store_si512(queries + (i / ROW_TILE * wide + c) * TILE_BYTES + i % ROW_TILE * 64,
+                                   channels_of(task.q + i * head_dim, 32 * c, head_dim));
+        for (int i = 0; i < tiles; i++)
+            multiply_keys(queries + i * wide * TILE_BYTES, span.keys, wide, runs,
+                          scores + i * ROW_TILE * SPAN);
+    }
     for (int i = 0; i < task.queries; i++) {
         const Range own[2] = {{task.begin, least(seen.sinks, task.last[i])}, {task.first[i], task.last[i]}};
         weigh_rounded(scores + i * SPAN, own, task.begin,
@@ -187,6 +271,11 @@ void attend_on_tiles(const Attention& task) {
         for (int r = 0; r < count && count < rows; r++)
             memcpy(to + r * ld, spare + r * ld, (size_t)head_dim * 4);
     }
+}
+
+void attend_on_tiles(const Attention& task) {
+    if (task.fetch) attend_span<true>(task);
+    else attend_span<false>(task);
 }
 
 }  // namespace

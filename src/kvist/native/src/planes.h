@@ -193,24 +193,30 @@ inline void read_token(const HeadPlane& plane, const Place& place, int head_dim,
     for (int i = 0; i < head_dim; i += 16) store(out + i, value(load(out + i), i));
 }
 
-// The tokens at `count` positions from `from` on, 16 at most, as floats: pointers to them where they
-// lie, or to `space`, [16, head_dim]. Pointers from `count` on repeat the last. FETCH: from memory, so
-// what comes a page later is fetched.
+// Where the tokens at `count` positions from `from` on lie, 16 at most; from `count` on, the last. FETCH:
+// they come from memory, so what lies a page behind them is fetched.
+template <bool FETCH>
+inline void find_sixteen(const HeadPlane& plane, int from, int count, int head_dim, const uint8_t** out) {
+    const Place first(plane, from);
+    const bool one_block = !plane.ring && first.token + count <= plane.block_size;
+    const int64_t size = element_bytes(plane.element), bytes = head_dim * size;
+    const uint8_t* x = first.x(plane);
+    for (int i = 0; i < 16; i++) {
+        if (i && i < count) x = one_block ? x + plane.token_stride * size : Place(plane, from + i).x(plane);
+        out[i] = x;
+        for (int64_t line = 0; FETCH && i < count && line < bytes; line += 64) prefetch(x + 4096 + line);
+    }
+}
+
+// The same tokens as floats: where they lie, or in `space`, [16, head_dim].
 template <bool FETCH>
 inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_dim, float* space,
                          const float** out) {
+    if (plane.element == F32)
+        return find_sixteen<FETCH>(plane, from, count, head_dim, (const uint8_t**)out);
+    const int64_t bytes = head_dim * element_bytes(plane.element);
     Place place(plane, from);
     const bool one_block = !plane.ring && place.token + count <= plane.block_size;
-    const int64_t bytes = head_dim * element_bytes(plane.element);
-    if (one_block && plane.element == F32) {
-        const uint8_t* x = place.x(plane);
-        for (int i = 0; i < 16; i++) {
-            out[i] = (const float*)x;
-            if (i + 1 < count) x += 4 * plane.token_stride;
-            for (int64_t line = 0; FETCH && line < bytes; line += 64) prefetch(x + 4096 + line);
-        }
-        return;
-    }
     for (int i = 0; i < 16; i++) {
         if (i >= count) {
             out[i] = out[count - 1];
@@ -218,14 +224,9 @@ inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_d
         }
         if (i && one_block) place.token++;
         else if (i) place = Place(plane, from + i);
-        const uint8_t* x = place.x(plane);
-        for (int64_t line = 0; FETCH && line < bytes; line += 64) prefetch(x + 4096 + line);
-        if (plane.element == F32) {
-            out[i] = (const float*)x;
-        } else {
-            read_token(plane, place, head_dim, space + i * head_dim);
-            out[i] = space + i * head_dim;
-        }
+        for (int64_t line = 0; FETCH && line < bytes; line += 64) prefetch(place.x(plane) + 4096 + line);
+        read_token(plane, place, head_dim, space + i * head_dim);
+        out[i] = space + i * head_dim;
     }
 }
 
