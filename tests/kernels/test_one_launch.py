@@ -16,6 +16,7 @@ from kvist.cache import Batch, make_codec
 from kvist.cache.dense import DynamicCache
 from kvist.cache.paged_cache import PagedCache
 from kvist.core.params import SamplingParams
+from kvist.core.plan import PlanRow
 from kvist.engine import Engine, EngineConfig
 from kvist.errors import NotSupported
 from kvist.kernels.cuda import build, one_launch
@@ -24,6 +25,7 @@ from kvist.llm import LLM
 from kvist.loading.model import Model
 from kvist.models.decoder import Decoder
 from kvist.runner.fused import FusedStep
+from kvist.runner.graphs import DecodeGraphs, _Recording
 from kvist.runner.one_launch import OneLaunchStep
 from kvist.runner.step import model_step
 
@@ -100,6 +102,27 @@ def test_the_engine_says_what_computes_its_steps(device):
     assert engine.executor == "fused"
     with pytest.raises(NotSupported, match="it needs a GPU"):
         Engine(replace(model, executor="one-launch"), EngineConfig(max_model_len=32))
+
+
+def test_a_recording_serves_the_variant_that_it_was_made_of(device, monkeypatch):
+    lm = tiny(device, **SMALL)
+    step = FusedStep(lm)
+    cache = PagedCache(lm.specs, make_codec("plain", torch.float32), rows=1, device=device)
+    cache.pool.reserve([4], 1, 4, 8)
+    graphs = DecodeGraphs(step, cache.pool, torch.zeros(2, dtype=torch.int64, device=device))
+    recorded = []
+
+    def record(bucket: int, context: int, kind: str) -> _Recording:
+        recorded.append(step.variant(bucket, context))
+        return _Recording(lambda: None, torch.zeros(1))
+
+    monkeypatch.setattr(graphs, "_record", record)
+    row = PlanRow(slot=0, tokens=(5,), start=3, sample=True)
+    graphs.run([row], "greedy")
+    graphs.run([row], "greedy")
+    monkeypatch.setattr(step, "variant", lambda rows, context: "one-launch")
+    graphs.run([row], "greedy")
+    assert recorded == ["fused", "one-launch"]
 
 
 def test_structures_are_laid_out_as_in_c():
