@@ -114,10 +114,7 @@ __device__ __forceinline__ void add_up(const Exchange &exchange, int turn, const
 }
 
 __device__ __forceinline__ float norm_scale(const Working &working, float eps) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) sum += working.squares[i];
-  return rsqrtf(sum * (1.f / HIDDEN) + eps);
+  return rsqrtf(total(working.squares) * (1.f / HIDDEN) + eps);
 }
 
 // The warp that streams: the same products in the same order as `follow` computes them.
@@ -126,33 +123,22 @@ __device__ void stream(const Step &p, Ring ring, const Place &at) {
   const int team = at.team, member = at.member;
   for (int l = 0; l < p.num_layers; l++) {
     const Layer &layer = p.layers[l];
-    auto qkv = [&](int i) {
-      int row = team * TEAM_Q + member * Q_ROWS + i;
-      if (i >= Q_ROWS) row = HEADS * HEAD_DIM + team * HEAD_DIM + member * KV_ROWS + i - Q_ROWS;
-      if (i >= Q_ROWS + KV_ROWS) row += KV_HEADS * HEAD_DIM - KV_ROWS;
-      return layer.qkv + static_cast<size_t>(row) * HIDDEN;
-    };
-    auto out = [&](int i) {
-      const size_t row = member * SLICE + i;
-      return layer.out + row * (HEADS * HEAD_DIM) + team * TEAM_Q;
-    };
-    auto gate_up = [&](int i) {
-      const int row = team * ACTS + member * ACT_ROWS + i;
-      return layer.gate_up +
-             static_cast<size_t>(i < ACT_ROWS ? row : row + INTERMEDIATE - ACT_ROWS) * HIDDEN;
-    };
-    auto down = [&](int i) {
-      const size_t row = member * SLICE + i;
-      return layer.down + row * INTERMEDIATE + team * ACTS;
-    };
+    const int kv = HEADS * HEAD_DIM + team * HEAD_DIM + member * KV_ROWS - Q_ROWS;
+    const int q = team * TEAM_Q + member * Q_ROWS, act = team * ACTS + member * ACT_ROWS;
+    const Rows qkv = {layer.qkv, HIDDEN, q, Q_ROWS, kv - q, Q_ROWS + KV_ROWS,
+                      KV_HEADS * HEAD_DIM - KV_ROWS};
+    const Rows out = {layer.out + team * TEAM_Q, HEADS * HEAD_DIM, member * SLICE, SLICE, 0, SLICE, 0};
+    const Rows gate_up = {layer.gate_up, HIDDEN, act, ACT_ROWS, INTERMEDIATE - ACT_ROWS,
+                          2 * ACT_ROWS, 0};
+    const Rows down = {layer.down + team * ACTS, INTERMEDIATE, member * SLICE, SLICE, 0, SLICE, 0};
     fill<Qkv>(ring, qkv, Qkv::ROWS, policy);
     fill<Out>(ring, out, Out::ROWS, policy);
     fill<GateUp>(ring, gate_up, GateUp::ROWS, policy);
     fill<Down>(ring, down, Down::ROWS, policy);
   }
-  for (int row = blockIdx.x * 16; row < p.vocab; row += BLOCKS * 16) {
-    auto head = [&](int i) { return p.head + static_cast<size_t>(row + i) * HIDDEN; };
-    fill<Head>(ring, head, least(16, p.vocab - row), policy);
+  for (int row = blockIdx.x * X_ROWS; row < p.vocab; row += BLOCKS * X_ROWS) {
+    const Rows head = {p.head, HIDDEN, row, X_ROWS, 0, X_ROWS, 0};
+    fill<Head>(ring, head, least(X_ROWS, p.vocab - row), policy);
   }
 }
 
@@ -178,93 +164,91 @@ __device__ void follow(const Step &p, Ring ring, Working &working, const Place &
     const int four = (part * X_WIDTH + warp * (X_WIDTH / WARPS)) / 4 + i * 4 + lane % 4;
     return reinterpret_cast<const uint2 *>(&working.x[four])[lane / 4 % 2];
   };
-  // Add a product's sums to the residual stream: its rows are channels of this member's slice.
-  auto publish_sums = [&](int turn) {
-    sync_threads(WORKERS);
-    if (thread < SLICE) {
-      const float sum = total(working.sums[1], thread);
-      const int at_team = SUMS_AT + (turn * TEAMS + at.team) * HIDDEN;
-      const int channel = at.member * SLICE + thread;
-      exchange.put(at_team + lane_order(channel), sum);
-    }
-    if (warp == WARPS - 1) add_up(exchange, turn, at, limit);
-  };
-
+  float *const sums0 = working.sums[0], *const sums1 = working.sums[1];
   residual.begin(p.embedding + *p.token * HIDDEN, at);
   Residual::read(norm, p.layers[0].input_norm, at);
-  for (int l = 0; l < p.num_layers; l++) {
+  // Attention and MLP in turn. They have code in common, and instructions too have to be fetched.
+#pragma unroll 1
+  for (int half = 0; half < 2 * p.num_layers; half++) {
+    const int l = half / 2, turn = half % 2;
     const Layer &layer = p.layers[l];
-
-    // q, k and v of the team's heads.
     residual.normalise(norm, working, at);
-    multiply<Qkv>(ring, channels, working.sums[0][warp], warp, lane);
+    multiply<Head>(ring, channels, sums0 + warp, turn ? GateUp::ROWS : Qkv::ROWS, warp, lane);
     sync_threads(WORKERS);
-    if (thread < Qkv::ROWS) {
-      int to = at.member * Q_ROWS + thread;
-      if (thread >= Q_ROWS) to = TEAM_Q + at.member * KV_ROWS + thread - Q_ROWS;
-      if (thread >= Q_ROWS + KV_ROWS) to += HEAD_DIM - KV_ROWS;
-      const float value = total(working.sums[0], thread) * norm_scale(working, p.eps);
-      exchange.put(QKV_AT + at.team * TEAM_QKV + to, value);
-    }
-    attend(attention, layer, exchange, working, at, limit);
-
-    // The team's heads' part of the output projection.
-    if (l + 1 < p.num_layers && thread >= TEAM_Q / 2) {  // those who have nothing to publish
-      attention.prefetch(p.layers[l + 1], working, thread - TEAM_Q / 2, WORKERS - TEAM_Q / 2);
-    }
-    uint2 heads[Out::MOST_STEPS];
+    const float scale = norm_scale(working, p.eps);
+    const bf16 *next_norm = layer.mlp_norm;
+    if (turn == 0) {
+      // q, k and v of the team's heads, and their part of the output projection.
+      if (thread < Qkv::ROWS) {
+        int to = at.member * Q_ROWS + thread;
+        if (thread >= Q_ROWS) to = TEAM_Q + at.member * KV_ROWS + thread - Q_ROWS;
+        if (thread >= Q_ROWS + KV_ROWS) to += HEAD_DIM - KV_ROWS;
+        exchange.put(QKV_AT + at.team * TEAM_QKV + to, total(sums0 + thread * SUMS_PITCH) * scale);
+      }
+      attend(attention, layer, exchange, working, at, limit);
+      if (l + 1 < p.num_layers && thread >= TEAM_Q / 2) {  // those who had nothing to publish
+        attention.prefetch(p.layers[l + 1], working, thread - TEAM_Q / 2, WORKERS - TEAM_Q / 2);
+      }
+      uint2 heads[Out::MOST_STEPS];
 #pragma unroll
-    for (int i = 0; i < Out::MOST_STEPS; i++) {
-      const int step = Out::begin(warp) + i;
-      if (step < Out::end(warp)) heads[i] = attended(exchange, step, at, limit);
+      for (int i = 0; i < Out::MOST_STEPS; i++) {
+        const int step = Out::begin(warp) + i;
+        if (step < Out::end(warp)) heads[i] = attended(exchange, step, at, limit);
+      }
+      auto parts = [&](int, int i) { return heads[i]; };
+      multiply<Out>(ring, parts, sums1 + warp, Out::ROWS, warp, lane);
+    } else {
+      // The team's columns of the MLP.
+      if (thread < ACT_ROWS) {
+        const float gate = total(sums0 + thread * SUMS_PITCH) * scale;
+        const float up = total(sums0 + (thread + ACT_ROWS) * SUMS_PITCH) * scale;
+        const int act = lane_order(at.member * ACT_ROWS + thread);
+        exchange.put(ACTS_AT + at.team * ACTS + act, __fdividef(gate, 1.f + __expf(-gate)) * up);
+      }
+      uint4 acts[Down::PARTS * Down::MOST_STEPS];
+      collect(
+          acts,
+          [&](int i) {
+            const int step = least(Down::begin(warp) + i % Down::MOST_STEPS, Down::STEPS - 1);
+            const int channel = i / Down::MOST_STEPS * Down::WIDTH + step * 16 + lane % 4 * 4;
+            return exchange.now + ACTS_AT + at.team * ACTS + channel;
+          },
+          limit);
+      auto activations = [&](int part, int i) {
+        const uint4 words = acts[part * Down::MOST_STEPS + i];
+        const float a = __uint_as_float(words.x), b = __uint_as_float(words.y);
+        const float c = __uint_as_float(words.z), d = __uint_as_float(words.w);
+        return lane / 4 % 2 ? make_uint2(pack_rest(a, b), pack_rest(c, d))
+                            : make_uint2(pack(a, b), pack(c, d));
+      };
+      multiply<Down>(ring, activations, sums1 + warp, Down::ROWS, warp, lane);
+      next_norm = l + 1 < p.num_layers ? p.layers[l + 1].input_norm : p.norm;
     }
-    multiply<Out>(ring, [&](int, int i) { return heads[i]; }, working.sums[1][warp], warp, lane);
-    Residual::read(norm, layer.mlp_norm, at);
-    publish_sums(0);
+    Residual::read(norm, next_norm, at);
 
-    // The team's columns of the MLP.
-    residual.gather(exchange, 0, at, limit);
-    residual.normalise(norm, working, at);
-    multiply<GateUp>(ring, channels, working.sums[0][warp], warp, lane);
+    // Its sums are channels of this member's slice of the residual stream.
     sync_threads(WORKERS);
-    if (thread < ACT_ROWS) {
-      const float scale = norm_scale(working, p.eps);
-      const float gate = total(working.sums[0], thread) * scale;
-      const float up = total(working.sums[0], thread + ACT_ROWS) * scale;
-      const int act = lane_order(at.member * ACT_ROWS + thread);
-      exchange.put(ACTS_AT + at.team * ACTS + act, __fdividef(gate, 1.f + __expf(-gate)) * up);
+    if (thread < SLICE) {
+      const int channel = lane_order(at.member * SLICE + thread);
+      exchange.put(SUMS_AT + (turn * TEAMS + at.team) * HIDDEN + channel,
+                   total(sums1 + thread * SUMS_PITCH));
     }
-    uint4 acts[Down::PARTS * Down::MOST_STEPS];
-    collect(
-        acts,
-        [&](int i) {
-          const int step = least(Down::begin(warp) + i % Down::MOST_STEPS, Down::STEPS - 1);
-          const int channel = i / Down::MOST_STEPS * Down::WIDTH + step * 16 + lane % 4 * 4;
-          return exchange.now + ACTS_AT + at.team * ACTS + channel;
-        },
-        limit);
-    auto activations = [&](int part, int i) {
-      const uint4 words = acts[part * Down::MOST_STEPS + i];
-      const float a = __uint_as_float(words.x), b = __uint_as_float(words.y);
-      const float c = __uint_as_float(words.z), d = __uint_as_float(words.w);
-      return lane / 4 % 2 ? make_uint2(pack_rest(a, b), pack_rest(c, d))
-                          : make_uint2(pack(a, b), pack(c, d));
-    };
-    multiply<Down>(ring, activations, working.sums[1][warp], warp, lane);
-    Residual::read(norm, l + 1 < p.num_layers ? p.layers[l + 1].input_norm : p.norm, at);
-    publish_sums(1);
-    residual.gather(exchange, 1, at, limit);
-    exchange.now += LAYER_WORDS, exchange.next += LAYER_WORDS;
+    if (warp == WARPS - 1) add_up(exchange, turn, at, limit);
+    residual.gather(exchange, turn, at, limit);
+    if (turn) exchange.now += LAYER_WORDS, exchange.next += LAYER_WORDS;
   }
 
   residual.normalise(norm, working, at);
-  int turn = 0;
-  for (int row = blockIdx.x * 16; row < p.vocab; row += BLOCKS * 16, turn++) {
-    const int buffer = turn % 2 * 16;  // a warp may be late in adding up the tile before
-    multiply<Head>(ring, channels, working.sums[0][warp] + buffer, warp, lane);
+  int tile = 0;
+  for (int row = blockIdx.x * X_ROWS; row < p.vocab; row += BLOCKS * X_ROWS, tile++) {
+    float *sums = sums0 + tile % 2 * X_ROWS * SUMS_PITCH;  // the tile before may still be added up
+    multiply<Head>(ring, channels, sums + warp, X_ROWS, warp, lane);
     sync_threads(WORKERS);
-    if (warp == turn % WARPS && lane < 16 && row + lane < p.vocab) {
-      p.logits[row + lane] = total(working.sums[0], buffer + lane) * norm_scale(working, p.eps);
+    if (warp == tile % WARPS) {
+      const float scale = norm_scale(working, p.eps);
+      for (int i = lane; i < least(X_ROWS, p.vocab - row); i += 32) {
+        p.logits[row + i] = total(sums + i * SUMS_PITCH) * scale;
+      }
     }
   }
 }

@@ -41,34 +41,45 @@ constexpr int slot_width(int k, int unit) {
     if (k % width == 0 && width % unit == 0) return width;
   }
 }
-constexpr int X_WIDTH = slot_width(HIDDEN, 32 * WARPS);
+// How many rows of such a width: in tiles of 16.
+constexpr int slot_rows(int width) { return least(SLOT / (width * 2 + 16), 64) / 16 * 16; }
+constexpr int X_WIDTH = slot_width(HIDDEN, 32 * WARPS), X_ROWS = slot_rows(X_WIDTH);
 
-// A block's part of a matrix product, in tiles of 16 rows: as many as fit are streamed at a time.
-template <int ROWS_, int K, int WIDTH_ = slot_width(K, 16)>
+// A block's part of a matrix product; a slot's rows are streamed and multiplied at a time.
+template <int ROWS_, int K, int WIDTH_, int BLOCK_ROWS_>
 struct Product {
-  static constexpr int ROWS = ROWS_, WIDTH = WIDTH_, PARTS = K / WIDTH;
+  static constexpr int ROWS = ROWS_, WIDTH = WIDTH_, PARTS = K / WIDTH, BLOCK_ROWS = BLOCK_ROWS_;
   // Rows lie a little apart, so that eight of them, 16 bytes of each, fall into all 32 banks.
   static constexpr int PITCH = WIDTH * 2 + 16;
   static constexpr int STEPS = WIDTH / 16;   // products of 16 columns, dealt out to the warps
   static constexpr int MOST_STEPS = (STEPS + WARPS - 1) / WARPS;
-  static constexpr int BLOCK_ROWS = least(least(SLOT / PITCH, 64) / 16 * 16, round_up(ROWS, 16));
-  static constexpr int TILES = BLOCK_ROWS / 16, ROW_BLOCKS = (ROWS + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  static constexpr int PADDED = round_up(ROWS, 16);
+  static constexpr int TILES = BLOCK_ROWS / 16, PADDED = round_up(ROWS, BLOCK_ROWS);
   static_assert(BLOCK_ROWS >= 16 && BLOCK_ROWS * PITCH <= SLOT);
   __device__ static int begin(int warp) { return STEPS * warp / WARPS; }
   __device__ static int end(int warp) { return STEPS * (warp + 1) / WARPS; }
 };
 
-using Qkv = Product<Q_ROWS + 2 * KV_ROWS, HIDDEN, X_WIDTH>;
-using Out = Product<SLICE, TEAM_Q>;
-using GateUp = Product<2 * ACT_ROWS, HIDDEN, X_WIDTH>;
-using Down = Product<SLICE, ACTS>;
-using Head = Product<16, HIDDEN, X_WIDTH>;
+// Of the residual stream: q, k and v, gate and up, and the head X_ROWS at a time.
+template <int ROWS>
+using OfX = Product<ROWS, HIDDEN, X_WIDTH, X_ROWS>;
+using Qkv = OfX<Q_ROWS + 2 * KV_ROWS>;
+using GateUp = OfX<2 * ACT_ROWS>;
+using Head = OfX<X_ROWS>;
+// Of what a team has computed, back to it.
+template <int K>
+using ToX = Product<SLICE, K, slot_width(K, 16),
+                    least(slot_rows(slot_width(K, 16)), round_up(SLICE, 16))>;
+using Out = ToX<TEAM_Q>;
+using Down = ToX<ACTS>;
 static_assert(Qkv::ROWS <= WORKERS && SLICE <= WORKERS && ACT_ROWS <= WORKERS, "a thread a row");
 static_assert(TEAM_QKV <= 4 * WORKERS && TEAM_Q / 2 <= WORKERS, "a thread some channels");
 static_assert(Out::PARTS == 1, "a warp keeps its share of attention's output");
 
-constexpr int MOST_ROWS = most(most(Qkv::PADDED, Out::PADDED), most(GateUp::PADDED, 32));
+constexpr int MOST_ROWS = most(most(most(Qkv::PADDED, GateUp::PADDED), 2 * X_ROWS),
+                               most(Out::PADDED, Down::PADDED));
+// What warps have summed of a row stands together, rows a little apart for the banks' sake.
+constexpr int SUMS_PITCH = WARPS + 4;
+static_assert(WARPS % 4 == 0);
 
 // In attention half a warp has a query head and a position: so many heads, and positions at once.
 constexpr int GROUPS = Q_HEADS == 1 ? 1 : round_up(Q_HEADS, 2);
@@ -80,12 +91,13 @@ struct Working {
   // The normalised residual stream but for its scale: 4 channels (2q, 2q + 1, 2q + 8, 2q + 9 of 16)
   // in bfloat16, then what rounding them lost, likewise.
   uint4 x[HIDDEN / 4];
-  float squares[WARPS];                      // of the residual stream, each warp's sum
+  alignas(16) float squares[WARPS];          // of the residual stream, each warp's sum
   float qkv[TEAM_QKV];
   float rotation[HEAD_DIM];                  // the position's cosines, then sines
   int places[MOST_PLACES];                   // of this block's positions in the planes
-  // Of products, each warp's sums; two, for warps may still add up one while others fill the next.
-  float sums[2][WARPS][MOST_ROWS];
+  // Of products, rows of each warp's sums; two, for warps may still add up one while others fill the
+  // next.
+  alignas(16) float sums[2][MOST_ROWS * SUMS_PITCH];
   float head_out[AT_ONCE][TEAM_Q];           // of attention, by positions looked at together
   float2 head_stats[AT_ONCE][Q_HEADS];       // its scores' maximum, sum of weights
 };
