@@ -53,7 +53,7 @@ def main() -> None:
     names = args.contenders or [
         name
         for name in RUNNERS
-        if name != "kvist-exact" and (name != "llama.cpp" or "LLAMA" in os.environ)
+        if name in ("kvist", "openvino") or (name == "llama.cpp" and "LLAMA" in os.environ)
     ]
     pythons = {name: environment(name) for name in names}
     rows, floors = [], []
@@ -218,6 +218,12 @@ def kvist_native(path, batch):
     return _kvist(path, batch, executor="native")
 
 
+def kvist_avx512(path, batch):
+    """Without matrix units: activations in 8 bits, quicker for one token, slower for prompts."""
+    os.environ["KVIST_ISA"] = "avx512"
+    return _kvist(path, batch, executor="native")
+
+
 def kvist_exact(path, batch):
     """The model's own forward, dequantised: what ids are compared with."""
     return _kvist(path, batch, executor="reference")
@@ -331,6 +337,7 @@ FLOATS = {"f32": 1, "bf16": 1}  # sequences
 CASES = ("1", "8", "mix", "busy", *FLOATS)
 RUNNERS = {
     "kvist": kvist_native,
+    "kvist-avx512": kvist_avx512,
     "openvino": openvino,
     "llama.cpp": llama_cpp,
     "kvist-exact": kvist_exact,

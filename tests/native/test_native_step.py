@@ -228,6 +228,24 @@ def test_embeddings_may_stand_for_tokens(opened: Opened) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_it_notes_the_first_largest_of_each_row(opened: Opened, isa: str) -> None:
+    model, _ = opened()
+    step = make_step(opened, threads=3, isa=isa)
+    cache = make_cache(model.specs, rows=3, max_length=64, dtype=torch.float32)
+    with torch.inference_mode():
+        batch = Batch.pack([IDS, IDS[:1], IDS[3:9]], cache.lengths, logits="all")
+        logits = step(batch, cache.bind(batch))
+        assert step.largest == logits.argmax(-1).tolist()
+        embeddings = model.lm.embed(batch.token_ids)
+        embeddings[len(IDS)] = torch.nan
+        cache.reset()
+        batch = replace(batch, embeddings=embeddings)
+        logits = step(batch, cache.bind(batch))
+    assert [n == -1 for n in step.largest] == (~logits.isfinite().all(-1)).tolist()
+    assert step.largest.count(-1) == 1
+
+
 def test_a_prompt_longer_than_a_pass_is_the_same_in_pieces(opened: Opened) -> None:
     model, _ = opened()
     step = make_step(opened, threads=2, isa="portable")

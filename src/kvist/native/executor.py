@@ -41,11 +41,13 @@ def native_step(
         config: of the model.
         checkpoint: its weights; an embedding in blocks stays mapped.
         threads: None takes a core each, or fewer where torch was told to use fewer.
-        isa: "portable", "avx2", "avx512" or "amx"; None takes the best that this processor has.
+        isa: "portable", "avx2", "avx512" or "amx"; None takes what the environment's `KVIST_ISA`
+            names, or else the best that this processor has.
 
     Raises:
         NotSupported: no library, or a model or format that it does not run.
     """
+    isa = isa or os.environ.get("KVIST_ISA")
     cores = physical_cores()
     if threads is None:
         threads = min(torch.get_num_threads(), len(cores))
@@ -62,6 +64,8 @@ class NativeStep:
     def __init__(self, packed: PackedModel) -> None:
         """See `native_step`."""
         self.packed = packed
+        self.largest: list[int] = []
+        """Of each row of the last step's logits the first largest; -1 if not all are finite."""
         self._planes = BoundPlanes()
         self._lock = Lock()
 
@@ -100,6 +104,7 @@ class NativeStep:
         token_ids, rotations = batch.token_ids.contiguous(), rotations.contiguous()
         sequences = batch.num_sequences
         starts, lengths = _ints(sequences + 1), _ints(sequences)
+        largest = (ctypes.c_int64 * count)()
         starts[1:] = [end for _, end in batch.query_spans]
         lengths[:] = list(batch.kv_lens)
         given = StepInput(
@@ -115,6 +120,7 @@ class NativeStep:
             rows.data_ptr(),
             ctypes.addressof(layers.inputs),
             logits.data_ptr(),
+            ctypes.addressof(largest),
         )
         with self._lock:
             failed = library().kvist_step(packed.handle, given)
@@ -122,6 +128,7 @@ class NativeStep:
             raise RequestError(f"a token id is not in the vocabulary of {packed.config.vocab_size}")
         if failed:
             raise KvistError(f"not enough memory for a step of {batch.num_tokens} tokens")
+        self.largest = list(largest)
         return logits[:, : packed.config.vocab_size]
 
 

@@ -14,7 +14,7 @@ from kvist.errors import ConfigError, NotSupported
 __all__ = ["LayerInput", "PlaneInput", "Shape", "StepInput", "library", "missing"]
 
 LIBRARY = Path(__file__).with_name("_kvist.so")
-INTERFACE = 2  # kvist_interface() of the library that these declarations are of
+INTERFACE = 3  # kvist_interface() of the library that these declarations are of
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int32
@@ -84,6 +84,7 @@ class StepInput(ctypes.Structure):
         ("logit_rows", _pointer),
         ("layers", _pointer),
         ("logits", _pointer),
+        ("largest", _pointer),
     )
 
 

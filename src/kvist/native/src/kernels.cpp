@@ -23,7 +23,7 @@ const Kernels* KVIST_TABLE(KVIST_ISA)() {
     static const Kernels table = {
         KVIST_NAME(KVIST_ISA), false,    12,           nullptr,  quantise, norm_quantise, norm,
         linear,                gate_up,  rotate,       unrotate, store_token,
-        ::attend,              merge,    argmax,
+        ::attend,              merge,    argmax,   all_finite,
     };
     return &table;
 }

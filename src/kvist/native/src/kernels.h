@@ -121,6 +121,7 @@ struct Kernels {
     // A query's parts, `stride` floats apart, merged in order.
     void (*merge)(const float* parts, int64_t stride, int count, int head_dim, float* out);
     int64_t (*argmax)(const float* x, int64_t size);
+    bool (*all_finite)(const float* x, int64_t size);
 };
 
 // Bytes of a thread's scratch: four unpacked groups, and 64 columns of rows behind them.

@@ -21,7 +21,23 @@ struct Block {
 };
 
 constexpr int PHASES = 10;  // of a layer in which work is dealt out, at most
-constexpr int GROUPS = 4;  // of 16 rows of a matrix that a thread takes at a time
+constexpr int GROUPS = 2;  // of 16 rows of a matrix that a thread takes at a time
+constexpr int MOST_SAMPLED = 64;  // rows of logits whose largest is looked for
+
+// The largest of what a thread has made of a row of logits.
+struct Best {
+    int64_t at = 0;
+    float value = -HUGE_VALF;
+    bool finite = true;
+
+    void meet(const Kernels& k, const float* row, int64_t begin, int64_t size) {
+        finite &= k.all_finite(row + begin, size);
+        meet(begin + k.argmax(row + begin, size), row);
+    }
+    void meet(int64_t other, const float* row) {
+        if (row[other] > value || (row[other] == value && other < at)) at = other, value = row[other];
+    }
+};
 
 // One pass over the weights for the rows [first, first + rows) of a step.
 class Pass {
@@ -41,6 +57,8 @@ class Pass {
         const int64_t* rows_end = in.logit_rows + in.logit_count;
         logits_begin_ = std::lower_bound(in.logit_rows, rows_end, first) - in.logit_rows;
         logits_end_ = std::lower_bound(in.logit_rows, rows_end, first + rows) - in.logit_rows;
+        const int64_t found = logits_end_ - logits_begin_;
+        if (in.largest && found <= MOST_SAMPLED) best_.resize(found * threads_);
         // Few blocks: their spans are dealt out, and merged by all; the numbers are the same.
         split_ = rows <= FEW_ROWS || (int64_t)blocks_.size() * s.kv_heads < 8 * threads_;
         int64_t spans = 0;
@@ -49,6 +67,20 @@ class Pass {
             spans += (int64_t)block.count * most_spans(block);
         }
         space.reserve(model, rows, split_ ? spans : threads_ * most_of_a_thread());
+    }
+
+    // Once all threads are done: the first largest of each row of logits.
+    void find_largest() {
+        const int64_t rows = logits_end_ - logits_begin_, width = (int64_t)m.head.groups * LANES;
+        for (int64_t i = 0; i < rows && in.largest; i++) {
+            Best all;
+            for (int t = 0; t < threads_ && !best_.empty(); t++) {
+                const Best& own = best_[t * rows + i];
+                all.finite &= own.finite;
+                if (own.value > -HUGE_VALF) all.meet(own.at, in.logits + (logits_begin_ + i) * width);
+            }
+            in.largest[logits_begin_ + i] = !best_.empty() && all.finite ? all.at : -1;
+        }
     }
 
     void work(int t) {
@@ -357,8 +389,14 @@ class Pass {
             k.norm_quantise(x(row), m.norm.data(), s.norm_eps, to, i);
         });
         const int64_t width = (int64_t)m.head.groups * LANES;
+        float* out = in.logits + logits_begin_ * width;
         deal(t, m.head.groups, 64, [&](Share part) {
-            linear(m.head, part, from, rows, in.logits + logits_begin_ * width, width, false, t);
+            linear(m.head, part, from, rows, out, width, false, t);
+            if (best_.empty()) return;
+            const int64_t begin = part.begin * LANES;
+            const int64_t size = std::min<int64_t>(part.end * LANES, s.vocab) - begin;
+            for (int64_t i = 0; i < rows && size > 0; i++)
+                best_[t * rows + i].meet(k, out + i * width, begin, size);
         });
     }
 
@@ -372,6 +410,7 @@ class Pass {
     std::vector<int64_t> begins_;  // of each block's parts, where they are dealt out
     int64_t logits_begin_, logits_end_;
     bool split_;
+    std::vector<Best> best_;  // [threads, rows of logits], if they are few
     // What is dealt out already of each phase, and at which phase each thread is.
     std::vector<std::atomic<int64_t>> dealt_;
     struct alignas(64) Turn {
@@ -387,6 +426,7 @@ void run_step(Model& model, Workspace& space, const StepInput& input) {
         Pass pass(model, space, input, first, std::min(PASS_ROWS, input.tokens - first));
         model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass,
                        input.tokens <= FEW_ROWS);
+        pass.find_largest();
     }
 }
 

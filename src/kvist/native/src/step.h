@@ -40,6 +40,8 @@ struct StepInput {
     const int64_t* logit_rows;    // [logit_count], ascending
     const LayerInput* layers;     // [layers]
     float* logits;                // [logit_count, groups of the head * 16]
+    // Of each of `logits` the first largest, -1 where a number is not finite; or null.
+    int64_t* largest;
 };
 
 // Scratch for steps, grown as they ask for more and kept from one to the next.

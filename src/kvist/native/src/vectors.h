@@ -86,4 +86,13 @@ void norm_quantise(const float* x, const float* weight, float eps, const Activat
     return best;
 }
 
+[[maybe_unused]] bool all_finite(const float* x, int64_t size) {
+    Floats zeros = splat(0.f);  // until a number is none, or infinite
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) zeros = fma(load(x + i), splat(0.f), zeros);
+    float rest = sum(zeros);
+    for (; i < size; i++) rest += x[i] * 0.f;
+    return rest == 0.f;
+}
+
 }  // namespace
