@@ -13,8 +13,6 @@ constexpr int RUNS = SPAN / 16;  // of positions that a tile of keys has
 constexpr int MOST_TOGETHER = 64;  // queries
 constexpr int MOST_WIDE = MOST_HEAD_DIM / 32, MOST_NARROW = MOST_HEAD_DIM / 16;
 
-inline int least(int a, int b) { return a < b ? a : b; }
-
 // A span's keys and values as the second operand of products.
 struct SpanTiles {
     // [run][32 channels]: dword [channel / 2][position]

@@ -248,8 +248,9 @@ inline void float_linear(const Matrix& matrix, int begin, int end, const Activat
 
 // Blocks of 32 hidden units by some kernel's `linear`: see Kernels::gate_up.
 template <typename Linear, typename Put>
-inline void gate_up_with(Linear multiply, Put put_block, const Matrix& gate, const Matrix& up, int begin, int end,
-                         const Activations& x, int rows, const Activations& to, void* scratch) {
+inline void gate_up_with(Linear multiply, Put put_block, const Matrix& gate, const Matrix& up,
+                         int begin, int end, const Activations& x, int rows, const Activations& to,
+                         void* scratch) {
     float* both = (float*)((uint8_t*)scratch + group_scratch(gate.columns));  // [rows, 64]
     for (int block = begin; block < end; block++) {
         Matrix two = gate;

@@ -133,8 +133,7 @@ void pack_share(void* context, int thread) {
         uint8_t* to = (uint8_t*)matrix.data + g * matrix.stride;
         if (in_floats(matrix.kind)) pack_floats(to, rows, matrix.columns, packing.type);
         else if (packing.type == STORED_Q8_0) pack_q8(to, rows, blocks, packing.tiles);
-        else pack_q4(to, rows, blocks, packing.type == STORED_Q4_1,
-                     packing.tiles);
+        else pack_q4(to, rows, blocks, packing.type == STORED_Q4_1, packing.tiles);
     }
 }
 

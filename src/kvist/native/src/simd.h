@@ -285,7 +285,7 @@ inline int32_t store_rounded(int8_t* q, Floats x, Floats y) {
     for (int half = 0; half < 2; half++) {
         _mm256_store_si256((__m256i*)whole, _mm256_cvtps_epi32(all[half].a));
         _mm256_store_si256((__m256i*)(whole + 8), _mm256_cvtps_epi32(all[half].b));
-        for (int i = 0; i < 16; i++) q[16 * half + i] = (int8_t)whole[i], total += whole[i];
+        for (int i = 0; i < 16; i++) q[16 * half + i] = (int8_t)whole[i], total += q[16 * half + i];
     }
     return total;
 }
@@ -390,7 +390,7 @@ inline int32_t store_rounded(int8_t* q, Floats a, Floats b) {
     int32_t total = 0;
     for (int i = 0; i < 16; i++) {
         int x = (int)__builtin_rintf(a.v[i]), y = (int)__builtin_rintf(b.v[i]);
-        q[i] = (int8_t)x, q[16 + i] = (int8_t)y, total += x + y;
+        q[i] = (int8_t)x, q[16 + i] = (int8_t)y, total += q[i] + q[16 + i];  // no overflow, NaN or not
     }
     return total;
 }

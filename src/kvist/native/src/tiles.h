@@ -9,6 +9,9 @@ using namespace kvist;
 
 constexpr int TILE_BYTES = 1024;  // 16 rows of 16 floats, or of 32 bfloat16
 
+// (Not std::min: no function of another translation unit's may be built for this processor.)
+inline int least(int a, int b) { return a < b ? a : b; }
+
 // What the unit is told of its tiles; for each, rows and bytes of a row.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -26,7 +26,7 @@ inline void quantise_block(Floats a, Floats b, const Activations& to, int row, i
     to.sum[at] = to.scale[at] * (float)total;
 }
 
-void quantise(const float* x, const Activations& to, int row) {
+[[maybe_unused]] void quantise(const float* x, const Activations& to, int row) {
     for (int b = 0; b < to.columns / BLOCK; b++, x += BLOCK)
         quantise_block(load(x), load(x + 16), to, row, b);
 }
@@ -38,7 +38,8 @@ inline float norm_factor(const float* x, float eps, int size) {
     return 1.f / __builtin_sqrtf(sum(squares) / (float)size + eps);
 }
 
-void norm_quantise(const float* x, const float* weight, float eps, const Activations& to, int row) {
+[[maybe_unused]] void norm_quantise(const float* x, const float* weight, float eps,
+                                    const Activations& to, int row) {
     const Floats factor = splat(norm_factor(x, eps, to.columns));
     for (int b = 0; b < to.columns / BLOCK; b++, x += BLOCK, weight += BLOCK)
         quantise_block(load(x) * factor * load(weight), load(x + 16) * factor * load(weight + 16),
