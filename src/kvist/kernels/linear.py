@@ -164,43 +164,25 @@ def gemm(
     tuning = tuning or GemmTuning()
     (m, k), n = x.shape, out.shape[-1]
     block_m = min(tuning.block_m, max(16, triton.next_power_of_2(m)))
-    tile: dict[str, int] = {
+    constants: dict[str, int] = {
+        "N": n,
+        "K": k,
+        "SPLITS": tuning.splits,
+        "BLOCK_M": block_m,
         "BLOCK_N": tuning.block_n,
         "BLOCK_K": min(tuning.block_k, max(16, triton.next_power_of_2(k))),
+        "EPILOGUE": SILU if silu else STORE,
+        "DEPENDENT": dependent,
         "num_warps": tuning.warps,
         "num_stages": tuning.stages,
-    }
-    if isinstance(w, Fp8Weight):
-        if x.dtype == torch.float32:  # no tensor cores: the compiler writes each product out
-            tile |= {"BLOCK_N": min(tuning.block_n, 32), "BLOCK_K": min(tile["BLOCK_K"], 64)}
-        programs = triton.cdiv(m, block_m), triton.cdiv(n, tile["BLOCK_N"]), tuning.splits
-        gemm_fp8_kernel[programs](
-            x,
-            w.values,
-            w.scale,
-            out,
-            m,
-            N=n,
-            K=k,
-            SPLITS=tuning.splits,
-            BLOCK_M=block_m,
-            EPILOGUE=SILU if silu else STORE,
-            DEPENDENT=dependent,
-            **tile,
-            **dependent_launch(dependent),
-        )
-        return
-    gemm_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, tuning.block_n), tuning.splits)](
-        x,
-        w,
-        out,
-        m,
-        N=n,
-        K=k,
-        SPLITS=tuning.splits,
-        BLOCK_M=block_m,
-        EPILOGUE=SILU if silu else STORE,
-        DEPENDENT=dependent,
-        **tile,
         **dependent_launch(dependent),
-    )
+    }
+    if isinstance(w, Fp8Weight) and x.dtype == torch.float32:
+        # No tensor cores: the compiler writes each product out.
+        narrow = {"BLOCK_N": 32, "BLOCK_K": 64}
+        constants |= {name: min(constants[name], most) for name, most in narrow.items()}
+    grid = triton.cdiv(m, block_m), triton.cdiv(n, constants["BLOCK_N"]), tuning.splits
+    if isinstance(w, Fp8Weight):
+        gemm_fp8_kernel[grid](x, w.values, w.scale, out, m, **constants)
+    else:
+        gemm_kernel[grid](x, w, out, m, **constants)

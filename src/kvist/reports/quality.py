@@ -139,18 +139,12 @@ def measure(
         progress: told how many of how many forwards are done.
     """
     made = {name: model.codec(name) for name in codecs}
-    sums = {name: _Sums() for name in codecs}
-    total, done = len(windows) * (1 + len(codecs)), 0
-    for window in windows:
-        plain = _hidden(model, window, model.codec("plain"))
-        done += 1
-        progress(done, total)
-        for name, codec in made.items():
-            hidden = plain if name == "plain" else _hidden(model, window, codec)
-            sums[name].add(_compare(model, plain, hidden, window))
-            done += 1
-            progress(done, total)
-    return [sums[name].result(name, codec, model) for name, codec in made.items()]
+    others = [None if name == "plain" else (model, codec) for name, codec in made.items()]
+    sums = _paired(model, windows, others, progress)
+    return [
+        found.result(name, codec, model)
+        for (name, codec), found in zip(made.items(), sums, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -168,17 +162,9 @@ def measure_weights(
         windows: as in `measure`.
         progress: told how many of how many forwards are done.
     """
-    sums = [_Sums() for _ in others]
-    total, done = len(windows) * (1 + len(others)), 0
-    for window in windows:
-        own = _hidden(model, window, model.codec("plain"))
-        done += 1
-        progress(done, total)
-        for other, found in zip(others, sums, strict=True):
-            hidden = _hidden(other, window, other.codec("plain"))
-            found.add(_compare(model, own, hidden, window))  # embedding and head are the same
-            done += 1
-            progress(done, total)
+    # Embedding and head are the same.
+    plain = [(other, other.codec("plain")) for other in others]
+    sums = _paired(model, windows, plain, progress)
     return [
         WeightsQuality(other.weights, **found.loss(), nbytes=weight_bytes(other))
         for other, found in zip(others, sums, strict=True)
@@ -317,6 +303,27 @@ class _Sums:
             bits_per_value=8 * per_token / values,
             bytes_per_token=per_token,
         )
+
+
+def _paired(
+    model: Model,
+    windows: Sequence[Window],
+    others: Sequence[tuple[Model, Codec] | None],
+    progress: Callable[[int, int], None],
+) -> list[_Sums]:
+    """What each of `others` loses against the model's own plain cache; None is that itself."""
+    sums = [_Sums() for _ in others]
+    total, done = len(windows) * (1 + len(others)), 0
+    for window in windows:
+        own = _hidden(model, window, model.codec("plain"))
+        done += 1
+        progress(done, total)
+        for other, found in zip(others, sums, strict=True):
+            hidden = own if other is None else _hidden(other[0], window, other[1])
+            found.add(_compare(model, own, hidden, window))
+            done += 1
+            progress(done, total)
+    return sums
 
 
 def attention_specs(model: Model) -> Iterator[Any]:

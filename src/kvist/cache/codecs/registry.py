@@ -25,13 +25,13 @@ def _uncalibrated() -> None:
     return None
 
 
-CODECS: dict[str, Callable[[torch.dtype, Calibrate], Codec]] = {
-    "plain": lambda dtype, calibrate: Plain(dtype),
-    "int8": lambda dtype, calibrate: Quantized("int8", Int8(), Int8(), dtype),
-    "fp8": lambda dtype, calibrate: Quantized("fp8", FP8(), FP8(), dtype),
+CODECS: dict[str, Callable[[torch.dtype, torch.dtype | None, Calibrate], Codec]] = {
+    "plain": lambda dtype, stored, calibrate: Plain(dtype, stored),
+    "int8": lambda dtype, stored, calibrate: Quantized("int8", Int8(), Int8(), dtype),
+    "fp8": lambda dtype, stored, calibrate: Quantized("fp8", FP8(), FP8(), dtype),
     # Keys decide where attention looks, and need the bits more than values do.
-    "k8v4": lambda dtype, calibrate: Quantized("k8v4", Int8(), Int4(), dtype),
-    "int4": lambda dtype, calibrate: Quantized("int4", Int4(), Int4(), dtype, calibrate()),
+    "k8v4": lambda dtype, stored, calibrate: Quantized("k8v4", Int8(), Int4(), dtype),
+    "int4": lambda dtype, stored, calibrate: Quantized("int4", Int4(), Int4(), dtype, calibrate()),
 }
 
 
@@ -58,4 +58,4 @@ def make_codec(
         return parse_layers(name, lambda part: make_codec(part, dtype, calibrate, stored=stored))
     if name not in CODECS:
         raise CacheError(f"no codec named {name!r}; there are: {', '.join(CODECS)}")
-    return Plain(dtype, stored) if name == "plain" else CODECS[name](dtype, calibrate)
+    return CODECS[name](dtype, stored, calibrate)
