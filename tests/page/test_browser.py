@@ -157,9 +157,15 @@ def test_the_model_is_named(page: Any) -> None:
     assert page.title() == "dense_tied · kvist"
 
 
+def test_a_question_asked_before_the_model_is_known_waits_for_it(page: Any) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(status=418, body="{}"), times=1)
+    page.reload()
+    assert "12 tokens" in ask(page, "hello").locator("footer").inner_text()
+
+
 def test_a_block_says_what_it_holds_to_pointer_and_keyboard(page: Any) -> None:
     ask(page, "once upon a time there was a twig")
-    settles(page, lambda: legend(page, "published") > 5)
+    settles(page, lambda: "At rest." in page.locator(".headline").inner_text())
     tip = page.locator(".tip")
     page.locator("canvas.map").hover(position={"x": 5, "y": 5})
     tip.locator(".tokens").wait_for()

@@ -5,7 +5,7 @@ import { request } from "./api";
 import { h } from "./dom";
 import { count, oneLine, plural, shortId } from "./format";
 import { colours, onTheme } from "./theme";
-import { hideTip, showTip } from "./tip";
+import { hasTip, hideTip, showTip } from "./tip";
 
 interface Detail {
   start: number;
@@ -25,7 +25,6 @@ export interface MapOptions {
   host: boolean;
   group: number;
   height: number;
-  onBlock?: (block: number | null) => void;
 }
 
 export class BlockMap {
@@ -70,7 +69,9 @@ export class BlockMap {
     const now = performance.now();
     for (let block = start; block < start + length; block++) {
       const cell = this.cellOf(block);
-      if (cell >= 0) this.lit.set(cell, now);
+      if (cell < 0) continue;
+      this.lit.set(cell, now);
+      if (cell === this.cursor && hasTip(this.canvas)) this.askSoon(cell, 60);
     }
     this.animate();
   }
@@ -222,7 +223,7 @@ export class BlockMap {
 
   private leave(): void {
     this.moveTo(-1, 0);
-    hideTip();
+    hideTip(this.canvas);
   }
 
   private moveTo(cell: number, patience: number): void {
@@ -230,13 +231,17 @@ export class BlockMap {
     this.cursor = cell;
     this.draw();
     clearTimeout(this.asked);
-    const block = cell < 0 ? null : this.first + cell * this.stride;
-    this.options.onBlock?.(block);
-    if (block === null) hideTip();
-    else this.asked = setTimeout(() => void this.explain(cell, block), patience);
+    if (cell < 0) hideTip(this.canvas);
+    else this.askSoon(cell, patience);
   }
 
-  private async explain(cell: number, block: number): Promise<void> {
+  private askSoon(cell: number, patience: number): void {
+    clearTimeout(this.asked);
+    this.asked = setTimeout(() => void this.explain(cell), patience);
+  }
+
+  private async explain(cell: number): Promise<void> {
+    const block = this.first + cell * this.stride;
     const { group, host } = this.options;
     const at = () => {
       const rect = this.canvas.getBoundingClientRect();
@@ -246,7 +251,7 @@ export class BlockMap {
     const name = `${host ? "Host block" : "Block"} ${count(block)}`;
     const state = this.states[block] ?? 0;
     if (!state) {
-      showTip(...at(), h("p", {}, h("b", {}, name), " is free"));
+      showTip(this.canvas, ...at(), h("p", {}, h("b", {}, name), " is free"));
       return;
     }
     let detail: Detail;
@@ -258,7 +263,7 @@ export class BlockMap {
       return;
     }
     if (this.cursor !== cell) return;
-    showTip(...at(), ...describe(name, detail, host));
+    showTip(this.canvas, ...at(), ...describe(name, detail, host));
   }
 }
 

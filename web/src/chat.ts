@@ -119,6 +119,7 @@ export class Chat {
     this.follow(true);
     const began = performance.now();
     try {
+      if (!this.model) await this.meet();
       const response = await request("v1/chat/completions", {
         method: "POST",
         headers: { "Content-Type": "application/json" },

@@ -186,8 +186,8 @@ export class Timeline {
     const life = this.shown[row];
     this.at = life ? row : -1;
     this.quiet = false;
-    if (life) showTip(x, y, ...this.describe(life));
-    else hideTip();
+    if (life) showTip(this.canvas, x, y, ...this.describe(life));
+    else hideTip(this.canvas);
   }
 
   private describe(life: Life): HTMLElement[] {

@@ -3,17 +3,21 @@
 import { append, h, type Child } from "./dom";
 
 const card = h("div", { class: "tip", role: "status", hidden: true });
+let shownBy: Element | null = null;
 
 export function startTip(): void {
   document.body.append(card);
-  addEventListener("scroll", hideTip, { capture: true, passive: true });
+  // Only what moves the card's place takes it away: an answer that scrolls does not close the map's.
+  const moved = (event: Event) => (event.target as Node).contains(shownBy);
+  addEventListener("scroll", (event) => moved(event) && close(), { capture: true, passive: true });
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hideTip();
+    if (event.key === "Escape") close();
   });
 }
 
-/** Show the card beside a place of the window. */
-export function showTip(x: number, y: number, ...children: Child[]): void {
+/** Show the card beside a place of the window, which is in `owner`. */
+export function showTip(owner: Element, x: number, y: number, ...children: Child[]): void {
+  shownBy = owner;
   card.replaceChildren();
   append(card, children);
   card.hidden = false;
@@ -25,6 +29,17 @@ export function showTip(x: number, y: number, ...children: Child[]): void {
   card.style.top = `${above > 8 ? above : Math.min(y + gap, innerHeight - height - 8)}px`;
 }
 
-export function hideTip(): void {
+/** Whether the card is this element's. */
+export function hasTip(owner: Element): boolean {
+  return shownBy === owner;
+}
+
+/** Hide the card if it is this element's. */
+export function hideTip(owner: Element): void {
+  if (hasTip(owner)) close();
+}
+
+function close(): void {
+  shownBy = null;
   card.hidden = true;
 }

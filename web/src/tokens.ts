@@ -67,7 +67,7 @@ export class Tokens {
     const entry = this.entries[at];
     const span = this.element.children[at];
     if (!entry || !span) {
-      hideTip();
+      hideTip(this.element);
       return;
     }
     span.classList.add("here");
@@ -87,6 +87,6 @@ export class Tokens {
     const top = entry.top_logprobs ?? [];
     const rows = top.map((other) => row(other.token, other.logprob));
     if (!top.some((other) => other.token === entry.token)) rows.push(row(entry.token, entry.logprob));
-    showTip(rect.left + rect.width / 2, rect.top, h("table", { class: "likely" }, h("tbody", {}, ...rows)));
+    showTip(this.element, rect.left + rect.width / 2, rect.top, h("table", { class: "likely" }, h("tbody", {}, ...rows)));
   }
 }

@@ -170,7 +170,7 @@ export class Tree {
 
   private point(p: Placed | null, label: string): void {
     if (!p) {
-      hideTip();
+      hideTip(this.element);
       this.onBranch([]);
       return;
     }
@@ -179,7 +179,7 @@ export class Tree {
     const x = rect.left + Math.min(rect.width / 2, 200);
     const parts = [h("p", {}, h("b", {}, label))];
     if (p.branch.text) parts.push(h("p", { class: "quote" }, `${p.branch.text.trim()} …`));
-    showTip(x, rect.top + p.y - this.element.scrollTop - 8, ...parts);
+    showTip(this.element, x, rect.top + p.y - this.element.scrollTop - 8, ...parts);
   }
 }
 
