@@ -39,8 +39,9 @@ def test_an_unknown_instruction_set_is_named() -> None:
 
 
 def test_a_thread_that_comes_late_is_done_without_for_a_while_and_then_for_longer() -> None:
-    jobs = 1 + 8 + 1 + 16 + 1
-    late = torch.full((jobs,), 20, dtype=torch.int32)
-    active = torch.zeros(jobs, dtype=torch.int32)
-    library.library().kvist_test_pool(jobs, late.data_ptr(), active.data_ptr())
-    assert active.tolist() == [2, *[1] * 8, 2, *[1] * 16, 2]
+    active = torch.zeros(60, dtype=torch.int32)
+    library.library().kvist_test_pool(len(active), 10, active.data_ptr())
+    found = "".join(map(str, active.tolist()))
+    first, *alone = map(len, found.split("22")[:-1])  # jobs on one thread, between two tries
+    assert first == 0 and len(alone) >= 2
+    assert alone == sorted(alone) and alone[0] < alone[-1]

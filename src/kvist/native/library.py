@@ -101,7 +101,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "kvist_step": (_int, (_pointer, ctypes.POINTER(StepInput))),
     "kvist_forget_pages": (None, (_pointer, _long)),
     "kvist_argmax": (_long, (_pointer, _long)),
-    "kvist_test_pool": (None, (_int, _pointer, _pointer)),
+    "kvist_test_pool": (None, (_int, _int, _pointer)),
     "kvist_test_linear": (_int, (ctypes.c_char_p, _int, _pointer, *(_int,) * 3, *(_pointer,) * 2)),
 }
 

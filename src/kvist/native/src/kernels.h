@@ -65,6 +65,13 @@ struct Activations {
     int64_t block_at(int row, int block) const {
         return ((int64_t)(row / ROW_TILE) * (columns / BLOCK) + block) * ROW_TILE + row % ROW_TILE;
     }
+    // What begins at `row`, a multiple of ROW_TILE.
+    Activations from(int64_t row) const {
+        const int64_t numbers = row * columns, blocks = row * (columns / BLOCK);
+        if (floats) return {q, scale, sum, isum, floats + numbers, tiles, columns};
+        if (tiles) return {q, scale, sum, isum, floats, tiles + numbers, columns};
+        return {q + numbers, scale + blocks, sum + blocks, isum + blocks, floats, tiles, columns};
+    }
 };
 
 // One head of one side of the cache of one sequence. The token at position p begins at place

@@ -14,9 +14,12 @@
 namespace kvist {
 namespace {
 
-constexpr int SPINS = 2000;      // about 50 microseconds: a few phases
-constexpr int IDLE_SPINS = 8000;  // between jobs: what a loop takes to sample and come back
-constexpr int PATIENCE = 8, MOST_PATIENCE = 128;  // jobs on one thread before two are tried again
+constexpr int SPINS = 2000;  // about 50 microseconds: a few phases
+// Nanoseconds from then on in which a thread that waits stays awake: in a job, and between jobs what a
+// loop takes to sample and come back.
+constexpr int64_t AWAKE = 20'000'000, IDLE_AWAKE = 5'000'000;
+// Nanoseconds on one thread before two are tried again.
+constexpr int64_t PATIENCE = 25'000'000, MOST_PATIENCE = 1'600'000'000;
 
 int64_t now() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -74,17 +77,18 @@ Pool::~Pool() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-int64_t Pool::wait_for(Word& word, uint32_t value, int spins) {
+int64_t Pool::wait_for(Word& word, uint32_t value, int64_t awake) {
     int64_t since = 0;
     for (int i = 0;; i++) {
         const uint32_t seen = word.value.load(std::memory_order_acquire);
         if ((int32_t)(seen - value) >= 0) return since ? now() - since : 0;
-        if (i < spins) {
+        if (i < SPINS) {
             relax();
-        } else {
-            if (!since) since = now();
-            word.value.wait(seen, std::memory_order_acquire);
+            continue;
         }
+        if (!since) since = now();
+        if (now() - since < awake) std::this_thread::yield();
+        else word.value.wait(seen, std::memory_order_acquire);
     }
 }
 
@@ -95,31 +99,31 @@ void Pool::barrier(int thread) {
     arrived_[thread].value.notify_all();
     for (int t = 0; t < threads_; t++)
         if (t != thread)
-            arrived_[thread].slept.fetch_add(wait_for(arrived_[t], round, SPINS),
+            arrived_[thread].waited.fetch_add(wait_for(arrived_[t], round, AWAKE),
                                              std::memory_order_relaxed);
 }
 
 int Pool::choose() {
-    active_ = alone_ > 0 ? 1 : threads_;
-    alone_ -= alone_ > 0;
-    return active_;
+    return active_ = now() < alone_until_ ? 1 : threads_;
 }
 
 void Pool::judge(int64_t took) {
-    int64_t slept = 0;
+    int64_t waited = 0;
     for (int t = 0; t < threads_; t++)
-        slept = std::max(slept, arrived_[t].slept.load(std::memory_order_relaxed));
-    if (2 * slept < took) {
-        patience_ = 0;
+        waited = std::max(waited, arrived_[t].waited.load(std::memory_order_relaxed));
+    if (2 * waited < took) {
+        patience_ = late_ = 0;
         return;
     }
+    if (++late_ < 2) return;
+    late_ = 0;
     patience_ = std::min(std::max(2 * patience_, PATIENCE), MOST_PATIENCE);
-    alone_ = patience_;
+    alone_until_ = now() + patience_;
 }
 
 void Pool::run(void (*job)(void*, int), void* context, bool bind) {
     if (active_ == 1) return job(context, 0);
-    for (int t = 0; t < threads_; t++) arrived_[t].slept.store(0, std::memory_order_relaxed);
+    for (int t = 0; t < threads_; t++) arrived_[t].waited.store(0, std::memory_order_relaxed);
     const int64_t begun = now();
     Binding binding;
     binding.set(cpus_, 0, bind);
@@ -135,7 +139,7 @@ void Pool::run(void (*job)(void*, int), void* context, bool bind) {
 void Pool::work(int thread) {
     Binding binding;
     for (uint32_t number = 1;; number++) {
-        wait_for(job_number_, number, IDLE_SPINS);
+        wait_for(job_number_, number, IDLE_AWAKE);
         if (!job_) return;
         binding.set(cpus_, thread, bind_);
         job_(context_, thread);

@@ -1,13 +1,14 @@
 // Threads that work in step with the caller: one job at a time, barriers inside it.
 //
-// Waiting spins briefly, since phases of a step are microseconds apart, then sleeps on the word
-// itself, so that a thread whose neighbour was descheduled gives its core up. Between jobs the
-// workers sleep. Where there is a thread for every core, each may be bound to its own for a job: short
+// Waiting spins, since phases of a step are microseconds apart, then stays awake for some milliseconds
+// but lets others have the core, then sleeps on the word itself, as workers do between jobs. (A core
+// that went to sleep comes back late and slow, above all in a virtual machine: prompts took a third
+// longer when threads slept at once.) Where there is a thread for every core, each may be bound to its own for a job: short
 // phases gain by it, and long ones lose where another program has a core.
 //
 // A thread whose core another program wants may come milliseconds late to every barrier, and then two
-// are slower than one. So a job that mostly slept is followed by some on the caller's thread alone, and
-// by more each time that two were tried again in vain.
+// are slower than one. So after two jobs that mostly waited (the first may have found a thread asleep)
+// the caller's thread works alone for a while, and for longer each time that two were tried in vain.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -38,11 +39,11 @@ class Pool {
   private:
     struct alignas(64) Word {
         std::atomic<uint32_t> value{0};
-        std::atomic<int64_t> slept{0};  // nanoseconds in this job, by the thread whose word it is
+        std::atomic<int64_t> waited{0};  // nanoseconds in this job, by the thread whose word it is
     };
 
-    // Returns nanoseconds slept.
-    static int64_t wait_for(Word& word, uint32_t value, int spins);
+    // Awake for some nanoseconds, then asleep. Returns nanoseconds waited, but for short waits 0.
+    static int64_t wait_for(Word& word, uint32_t value, int64_t awake);
     void work(int thread);
     void judge(int64_t took);
 
@@ -54,7 +55,9 @@ class Pool {
     void* context_ = nullptr;
     bool bind_ = false;
     int active_;
-    int alone_ = 0, patience_ = 0;  // jobs to come on one thread, and how many it was the last time
+    // Nanoseconds: until when the caller's thread works alone, and for how long it was the last time.
+    int64_t alone_until_ = 0, patience_ = 0;
+    int late_ = 0;  // jobs in a row that mostly waited
     std::vector<std::thread> workers_;
 };
 

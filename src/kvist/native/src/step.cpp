@@ -18,6 +18,7 @@ Share share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1
 // Rows of one sequence that attend together: they share each reading of the cache.
 struct Block {
     int row, count, sequence, position;  // position: of the first
+    int token;                           // of the pass; its row, unless rows are divided among threads
 };
 
 constexpr int PHASES = 10;  // of a layer in which work is dealt out, at most
@@ -42,31 +43,28 @@ struct Best {
 // One pass over the weights for the rows [first, first + rows) of a step.
 class Pass {
   public:
-    Pass(Model& model, Workspace& space, const StepInput& input, int first, int rows)
+    Pass(Model& model, Workspace& space, const StepInput& input, int first, int rows, int threads)
         : m(model), w(space), in(input), s(model.shape), k(*model.kernels), first_(first),
-          rows_(rows), threads_(model.pool.choose()), group_(s.heads / s.kv_heads),
+          rows_(rows), threads_(threads), apart_(rows >= APART_ROWS * threads),
+          group_(s.heads / s.kv_heads),
           q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
+          tokens_(rows + 2 * ROW_TILE * threads), places_(rows), owned_(threads, {0, rows}),
           dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
-        const int together = std::max(1, k.together / group_);
-        for (int b = 0; b < in.sequences; b++) {
-            const int end = std::min(in.query_starts[b + 1], first + rows);
-            for (int i = std::max(in.query_starts[b], first); i < end; i += together)
-                blocks_.push_back({i - first, std::min(together, end - i), b,
-                                   in.kv_lens[b] - (in.query_starts[b + 1] - i)});
-        }
+        cut_blocks();
+        place_rows();
         const int64_t* rows_end = in.logit_rows + in.logit_count;
         logits_begin_ = std::lower_bound(in.logit_rows, rows_end, first) - in.logit_rows;
         logits_end_ = std::lower_bound(in.logit_rows, rows_end, first + rows) - in.logit_rows;
         const int64_t found = logits_end_ - logits_begin_;
         if (in.largest && found <= MOST_SAMPLED) best_.resize(found * threads_);
         // Few blocks: their spans are dealt out, and merged by all; the numbers are the same.
-        split_ = rows <= FEW_ROWS || (int64_t)blocks_.size() * s.kv_heads < 8 * threads_;
+        split_ = !apart_ && (rows <= FEW_ROWS || (int64_t)blocks_.size() * s.kv_heads < 8 * threads_);
         int64_t spans = 0;
         for (const Block& block : blocks_) {
             begins_.push_back(spans);
             spans += (int64_t)block.count * most_spans(block);
         }
-        space.reserve(model, rows, split_ ? spans : threads_ * most_of_a_thread());
+        space.reserve(model, (int)tokens_.size(), split_ ? spans : threads_ * most_of_a_thread());
     }
 
     // Once all threads are done: the first largest of each row of logits.
@@ -86,16 +84,74 @@ class Pass {
     void work(int t) {
         turns_[t].value = 0;
         begin(t);
-        m.pool.barrier(t);
+        meet(t);
         for (int l = 0; l < s.layers; l++) layer(l, t);
+        if (apart_) m.pool.barrier(t);
         head(t);
     }
 
   private:
     Share mine(int64_t n, int t) const { return share(n, t, threads_); }
 
+    void cut_blocks() {
+        const int together = std::max(1, k.together / group_), least = apart_ ? threads_ : 1;
+        for (int b = 0; b < in.sequences; b++) {
+            const int begin = std::max(in.query_starts[b], first_);
+            const int rows = std::min(in.query_starts[b + 1], first_ + rows_) - begin;
+            if (rows <= 0) continue;
+            // As many for each thread, where there are enough.
+            const int needed = (rows + together - 1) / together;
+            const int blocks = std::min((needed + least - 1) / least * least, rows);
+            for (int i = 0; i < blocks; i++) {
+                const Share part = share(rows, i, blocks);
+                const int token = begin - first_ + (int)part.begin;
+                blocks_.push_back({token, (int)(part.end - part.begin), b,
+                                   in.kv_lens[b] - (in.query_starts[b + 1] - begin) + (int)part.begin,
+                                   token});
+            }
+        }
+    }
+
+    // Rows need each other's keys and values, nothing else. When they are many, each thread takes its
+    // own through all of a layer, so that they stay in its cache and threads wait but once: blocks go
+    // to threads in turn and back, those that see most first, and a thread's rows lie side by side.
+    void place_rows() {
+        if (apart_) {
+            std::stable_sort(blocks_.begin(), blocks_.end(), [](const Block& a, const Block& b) {
+                return a.position + a.count > b.position + b.count;
+            });
+            std::vector<std::vector<Block>> dealt(threads_);
+            for (size_t i = 0; i < blocks_.size(); i++) {
+                const int turn = (int)(i % (2 * threads_));
+                dealt[turn < threads_ ? turn : 2 * threads_ - 1 - turn].push_back(blocks_[i]);
+            }
+            blocks_.clear();
+            constexpr int RUN = 2 * ROW_TILE;  // which matrix units take together
+            for (int t = 0, row = 0; t < threads_; t++) {
+                const int first = row = (row + RUN - 1) / RUN * RUN;
+                for (Block& block : dealt[t]) {
+                    block.row = row, row += block.count;
+                    blocks_.push_back(block);
+                }
+                owned_[t] = {first, row};
+            }
+        }
+        for (const Block& block : blocks_)
+            for (int i = 0; i < block.count; i++) {
+                tokens_[block.row + i] = block.token + i;
+                places_[block.token + i] = block.row + i;
+            }
+    }
+
+    // The rows that a thread works on: its own, or all with its part of the weights.
+    Share rows_of(int t) const { return owned_[t]; }
+    // Where threads wait for each other only if they divide the weights.
+    void meet(int t) {
+        if (!apart_) m.pool.barrier(t);
+    }
+
     // Work of a phase, as runs of pieces. Few rows read weights once: each thread reads its own in
-    // one stream. Many rows compute: threads take small runs in turn, so that one which has lost its
+    // one stream. More rows compute: threads take small runs in turn, so that one which has lost its
     // core to another program holds up little. All threads deal in the same order.
     template <typename Work> void deal(int t, int64_t pieces, int64_t run, Work work) {
         std::atomic<int64_t>& next = dealt_[turns_[t].value++];
@@ -119,10 +175,10 @@ class Pass {
 
     // Embeddings, and the cosines and sines of all rows.
     void begin(int t) {
-        const Share rows = mine(rows_, t);
+        const Share rows = apart_ ? rows_of(t) : mine(rows_, t);
         const int64_t bytes = stored_row_bytes(m.embedding_type, s.hidden);
         for (int64_t r = rows.begin; r < rows.end; r++) {
-            const int64_t i = first_ + r;
+            const int64_t i = first_ + tokens_[r];
             if (in.embeddings) memcpy(x(r), in.embeddings + i * s.hidden, s.hidden * 4);
             else read_row(m.embedding_type, m.embedding + in.token_ids[i] * bytes, s.hidden, x(r));
             float* to = w.rotation + r * s.head_dim;
@@ -132,6 +188,12 @@ class Pass {
                 to[s.head_dim / 2 + c] = std::sin(angle) * s.rotation_scale;
             }
         }
+    }
+
+    // The same, of a matrix times the thread's rows.
+    template <typename Work> void deal_groups(int t, int64_t groups, int64_t run, Work work) {
+        if (apart_) work(Share{0, groups});
+        else deal(t, groups, run, work);
     }
 
     // Rows as a matrix takes them: each thread makes all when they are few, else its own part.
@@ -152,51 +214,63 @@ class Pass {
         return to;
     }
 
+    // The same of the rows that the thread works on; the first of them comes first.
+    template <typename Make> Activations prepare(int t, int columns, Make make) {
+        if (!apart_)
+            return prepare(t, columns, rows_, [&](const Activations& to, int r) { make(to, r, r); });
+        const Share own = rows_of(t);
+        Activations to = w.shared.from(own.begin);  // where rows of any width have room
+        to.columns = columns;
+        for (int64_t r = own.begin; r < own.end; r++) make(to, (int)(r - own.begin), (int)r);
+        return to;
+    }
+
     Activations normed(int t, const std::vector<float>& weight) {
-        return prepare(t, s.hidden, rows_, [&](const Activations& to, int r) {
-            k.norm_quantise(x(r), weight.data(), s.norm_eps, to, r);
+        return prepare(t, s.hidden, [&](const Activations& to, int at, int row) {
+            k.norm_quantise(x(row), weight.data(), s.norm_eps, to, at);
         });
     }
 
-    void linear(const Matrix& matrix, Share part, const Activations& from, int64_t rows, float* out,
+    void linear(const Matrix& matrix, Share part, const Activations& from, Share rows, float* out,
                 int64_t out_ld, bool add, int t) {
-        if (part.begin < part.end)
-            k.linear(matrix, (int)part.begin, (int)part.end, from, (int)rows, out, out_ld, add,
-                     w.scratch[t]);
+        if (part.begin < part.end && rows.begin < rows.end)
+            k.linear(matrix, (int)part.begin, (int)part.end, from, (int)(rows.end - rows.begin),
+                     out + rows.begin * out_ld, out_ld, add, w.scratch[t]);
     }
 
     void layer(int l, int t) {
         const Layer& layer = m.layers[l];
         project(layer, t);
-        m.pool.barrier(t);
+        meet(t);
         turn_and_write(l, t);
         m.pool.barrier(t);
         attention(l, t);
-        m.pool.barrier(t);
-        const Activations attended = prepare(t, q_size, rows_, [&](const Activations& to, int r) {
+        meet(t);
+        const Activations attended = prepare(t, q_size, [&](const Activations& to, int at, int row) {
             const float* from =
-                split_ ? merged(in.layers[l], r, t) : w.attended + (int64_t)r * q_size;
-            k.quantise(from, to, r);
+                split_ ? merged(in.layers[l], row, t) : w.attended + (int64_t)row * q_size;
+            k.quantise(from, to, at);
         });
         const Matrix& output = layer.matrices[O_PROJ];
-        deal(t, output.groups, GROUPS, [&](Share part) {
-            linear(output, part, attended, rows_, w.x, s.hidden, true, t);
+        deal_groups(t, output.groups, GROUPS, [&](Share part) {
+            linear(output, part, attended, rows_of(t), w.x, s.hidden, true, t);
         });
-        m.pool.barrier(t);
+        meet(t);
         mlp(layer, t);
+        meet(t);
     }
 
     void project(const Layer& layer, int t) {
         const Activations from = normed(t, layer.input_norm);
         const Matrix* parts = layer.matrices;
         const int64_t groups = parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups;
-        deal(t, groups, GROUPS, [&](Share all) {
+        deal_groups(t, groups, GROUPS, [&](Share all) {
             int64_t before = 0;
             for (int slot = Q_PROJ; slot <= V_PROJ; slot++) {
                 const int64_t own = parts[slot].groups;
                 const Share part{std::clamp<int64_t>(all.begin - before, 0, own),
                                  std::clamp<int64_t>(all.end - before, 0, own)};
-                linear(parts[slot], part, from, rows_, w.projected + before * LANES, ld, false, t);
+                linear(parts[slot], part, from, rows_of(t), w.projected + before * LANES, ld, false, t);
                 before += own;
             }
         });
@@ -205,15 +279,17 @@ class Pass {
     void mlp(const Layer& layer, int t) {
         const Activations from = normed(t, layer.post_norm);
         const Matrix &gate = layer.matrices[GATE], &down = layer.matrices[DOWN];
-        deal(t, s.intermediate / BLOCK, 1, [&](Share blocks) {
-            k.gate_up(gate, layer.matrices[UP], (int)blocks.begin, (int)blocks.end, from, rows_,
-                      w.intermediate, w.scratch[t]);
+        const Share rows = rows_of(t);
+        const Activations hidden = w.intermediate.from(rows.begin);
+        deal_groups(t, s.intermediate / BLOCK, 1, [&](Share blocks) {
+            if (rows.begin < rows.end)
+                k.gate_up(gate, layer.matrices[UP], (int)blocks.begin, (int)blocks.end, from,
+                          (int)(rows.end - rows.begin), hidden, w.scratch[t]);
         });
-        m.pool.barrier(t);
-        deal(t, down.groups, GROUPS, [&](Share part) {
-            linear(down, part, w.intermediate, rows_, w.x, s.hidden, true, t);
+        meet(t);
+        deal_groups(t, down.groups, GROUPS, [&](Share part) {
+            linear(down, part, hidden, rows, w.x, s.hidden, true, t);
         });
-        m.pool.barrier(t);
     }
 
     // Attention.
@@ -247,7 +323,7 @@ class Pass {
         const LayerInput& layer = in.layers[l];
         const float scale = 1.f / std::sqrt((float)s.head_dim);
         const bool rotated = layer.key.element >= I8;
-        deal(t, (int64_t)rows_ * s.kv_heads, 48, [&](Share items) {
+        auto all = [&](Share items) {
             size_t b = 0;
             for (int64_t i = items.begin; i < items.end; i++) {
                 const int row = (int)(i / s.kv_heads), head = (int)(i % s.kv_heads);
@@ -265,7 +341,10 @@ class Pass {
                 k.store(plane(layer, layer.value, sequence, head), position,
                         value(row) + head * s.head_dim, s.head_dim);
             }
-        });
+        };
+        const Share rows = rows_of(t);
+        if (apart_) all({rows.begin * s.kv_heads, rows.end * s.kv_heads});
+        else deal(t, rows.end * s.kv_heads, 48, all);
     }
 
     // Spans of a block: those that hold sinks, then those from the first that a query sees.
@@ -337,7 +416,7 @@ class Pass {
         const LayerInput& layer = in.layers[l];
         if (split_) return attend_spans(layer, t);
         const int64_t base = t * most_of_a_thread();
-        deal(t, (int64_t)blocks_.size() * s.kv_heads, 1, [&](Share items) {
+        auto all = [&](Share items) {
             for (int64_t i = items.begin; i < items.end; i++) {
                 const Block& block = blocks_[i / s.kv_heads];
                 const int head = (int)(i % s.kv_heads);
@@ -349,7 +428,15 @@ class Pass {
                           w.attended + (int64_t)(block.row + r) * q_size +
                               head * group_ * s.head_dim);
             }
-        });
+        };
+        const int64_t pieces = (int64_t)blocks_.size() * s.kv_heads;
+        if (!apart_) return deal(t, pieces, 1, all);
+        auto starts = [&](int64_t row) {  // the first block from a row on
+            return std::partition_point(blocks_.begin(), blocks_.end(),
+                                        [&](const Block& block) { return block.row < row; }) -
+                   blocks_.begin();
+        };
+        all({starts(rows_of(t).begin) * s.kv_heads, starts(rows_of(t).end) * s.kv_heads});
     }
 
     // Threads take runs of spans, head by head and block by block.
@@ -385,13 +472,13 @@ class Pass {
         const int64_t rows = logits_end_ - logits_begin_;
         if (!rows) return;
         const Activations from = prepare(t, s.hidden, rows, [&](const Activations& to, int i) {
-            const int64_t row = in.logit_rows[logits_begin_ + i] - first_;
+            const int64_t row = places_[in.logit_rows[logits_begin_ + i] - first_];
             k.norm_quantise(x(row), m.norm.data(), s.norm_eps, to, i);
         });
         const int64_t width = (int64_t)m.head.groups * LANES;
         float* out = in.logits + logits_begin_ * width;
         deal(t, m.head.groups, 64, [&](Share part) {
-            linear(m.head, part, from, rows, out, width, false, t);
+            linear(m.head, part, from, {0, rows}, out, width, false, t);
             if (best_.empty()) return;
             const int64_t begin = part.begin * LANES;
             const int64_t size = std::min<int64_t>(part.end * LANES, s.vocab) - begin;
@@ -405,8 +492,12 @@ class Pass {
     const StepInput& in;
     const Shape& s;
     const Kernels& k;
-    const int first_, rows_, threads_, group_, q_size, kv_size, ld;
-    std::vector<Block> blocks_;
+    const int first_, rows_, threads_;
+    const bool apart_;  // whether threads divide the rows, not the weights
+    const int group_, q_size, kv_size, ld;
+    std::vector<Block> blocks_;  // by their rows
+    std::vector<int> tokens_, places_;  // a row's token of the pass, a token's row
+    std::vector<Share> owned_;  // rows of each thread
     std::vector<int64_t> begins_;  // of each block's parts, where they are dealt out
     int64_t logits_begin_, logits_end_;
     bool split_;
@@ -422,8 +513,10 @@ class Pass {
 }  // namespace
 
 void run_step(Model& model, Workspace& space, const StepInput& input) {
-    for (int first = 0; first < input.tokens; first += PASS_ROWS) {
-        Pass pass(model, space, input, first, std::min(PASS_ROWS, input.tokens - first));
+    for (int first = 0, rows; first < input.tokens; first += rows) {
+        const int threads = model.pool.choose();
+        rows = std::min({THREAD_ROWS * threads, PASS_ROWS, input.tokens - first});
+        Pass pass(model, space, input, first, rows, threads);
         model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass,
                        input.tokens <= FEW_ROWS);
         pass.find_largest();

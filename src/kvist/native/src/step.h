@@ -61,8 +61,10 @@ struct Workspace {
 
 // Few rows are prepared by each thread for itself, which is cheaper than waiting for one another.
 constexpr int FEW_ROWS = 8;
-// Most rows of a pass over the weights; longer inputs take several.
-constexpr int PASS_ROWS = 256;
+// From this many rows for each thread on, threads divide the rows among them, else the weights.
+constexpr int APART_ROWS = 64;
+// Most rows of a pass over the weights, for each thread and in all; longer inputs take several.
+constexpr int THREAD_ROWS = 256, PASS_ROWS = 2048;
 
 void run_step(Model& model, Workspace& space, const StepInput& input);
 

@@ -44,17 +44,22 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
     return 0;
 }
 
-// Jobs whose second thread comes late[i] milliseconds late; active[i] = threads that job i had.
+// Jobs that take a thread some milliseconds, while two have them the second; active[i] = threads that
+// job i had.
 extern "C" __attribute__((visibility("default"))) void kvist_test_pool(
-    int32_t jobs, const int32_t* late, int32_t* active) {
+    int32_t jobs, int32_t milliseconds, int32_t* active) {
     Pool pool(2, {});
     for (int i = 0; i < jobs; i++) {
         active[i] = pool.choose();
+        struct Job {
+            int32_t milliseconds, last;
+        } job{milliseconds, active[i] - 1};
         pool.run(
-            [](void* milliseconds, int thread) {
-                const auto time = std::chrono::milliseconds(*(const int32_t*)milliseconds);
-                if (thread == 1) std::this_thread::sleep_for(time);
+            [](void* context, int thread) {
+                const Job& job = *(const Job*)context;
+                if (thread == job.last)
+                    std::this_thread::sleep_for(std::chrono::milliseconds(job.milliseconds));
             },
-            (void*)&late[i]);
+            &job);
     }
 }
