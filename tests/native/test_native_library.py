@@ -43,5 +43,7 @@ def test_a_thread_that_comes_late_is_done_without_for_a_while_and_then_for_longe
     library.library().kvist_test_pool(len(active), 10, active.data_ptr())
     found = "".join(map(str, active.tolist()))
     first, *alone = map(len, found.split("22")[:-1])  # jobs on one thread, between two tries
-    assert first == 0 and len(alone) >= 2
-    assert alone == sorted(alone) and alone[0] < alone[-1]
+    assert first == 0
+    assert len(alone) >= 2
+    assert alone == sorted(alone)
+    assert alone[0] < alone[-1]
