@@ -5,6 +5,7 @@
 // alone and among others.
 #pragma once
 #include "attention.h"
+#include "linear.h"
 #include "tiles.h"
 
 namespace {
@@ -32,7 +33,7 @@ inline __m512i channels_of(const uint16_t* token, int channel, int head_dim) {
                                    : _mm512_maskz_loadu_epi16(0xffff, token + channel);
 }
 
-template <typename T> inline void put_keys(const T* const* tokens, int head_dim, uint8_t* to) {
+inline void put_keys(const uint16_t* const* tokens, int head_dim, uint8_t* to) {
     for (int channel = 0; channel < head_dim; channel += 32, to += TILE_BYTES) {
         __m512 v[16];
 #pragma GCC unroll 16
@@ -44,7 +45,7 @@ template <typename T> inline void put_keys(const T* const* tokens, int head_dim,
 }
 
 // Half of the rows of the tiles of 32 positions.
-template <typename T> inline void put_values(const T* const* tokens, int head_dim, uint8_t* to) {
+inline void put_values(const uint16_t* const* tokens, int head_dim, uint8_t* to) {
     alignas(64) static constexpr uint16_t IN_TURN[2][32] = {
         {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
@@ -69,21 +70,111 @@ inline uint32_t bits_of(const Range& range, int from) {
     return low >= 16 ? 0 : low <= 0 ? below_high : below_high >> low << low;
 }
 
-// The tokens at `count` positions from `from` on, as floats or as the bfloat16 that they are: then
-// `put(tokens)`. Zeros are those whose bit in `wanted` is not set.
-template <bool FETCH, typename Put>
-inline void with_tokens(const HeadPlane& plane, int from, uint32_t wanted, int head_dim, Put put) {
-    alignas(64) static const float zeros[MOST_HEAD_DIM] = {};
+// Up to 16 tokens of few bits: where their numbers, and where their scales lie.
+struct Tokens {
+    const uint8_t* x[16];
+    int64_t at[16];
+    int count;
+};
+
+template <bool FETCH> inline Tokens tokens_at(const HeadPlane& plane, int from, int count, int head_dim) {
+    Place place(plane, from);
+    const bool one_block = !plane.ring && place.token + count <= plane.block_size;
+    const int64_t size = element_bytes(plane.element), bytes = plane.element == U4 ? head_dim / 2 : head_dim * size;
+    Tokens tokens;
+    tokens.count = count;
+    tokens.x[0] = place.x(plane), tokens.at[0] = place.scale(plane);
+    for (int i = 1; i < count; i++) {
+        if (one_block) {
+            tokens.x[i] = tokens.x[i - 1] + plane.token_stride * size;
+            tokens.at[i] = tokens.at[i - 1] + plane.scale_token_stride;
+        } else {
+            const Place other(plane, from + i);
+            tokens.x[i] = other.x(plane), tokens.at[i] = other.scale(plane);
+        }
+    }
+    for (int i = 0; FETCH && i < count; i++)
+        for (int64_t line = 0; line < bytes; line += 64) prefetch(tokens.x[i] + AHEAD + line);
+    return tokens;
+}
+
+// Tokens rounded, `to` [16, head_dim]. HEAD_DIM is that where it is usual, else 0.
+template <int HEAD_DIM>
+inline void round_i8(const HeadPlane& plane, const Tokens& tokens, int head_dim, uint16_t* to) {
+    head_dim = HEAD_DIM ? HEAD_DIM : head_dim;
+    for (int i = 0; i < tokens.count; i++, to += head_dim) {
+        const int8_t* x = (const int8_t*)tokens.x[i];
+        const Floats scale = splat(quick_half(plane.scale[tokens.at[i]]));
+#pragma GCC unroll 4
+        for (int c = 0; c < head_dim; c += 16)
+            _mm256_storeu_si256((__m256i*)(to + c), (__m256i)_mm512_cvtneps_pbh((load_i8(x + c) * scale).v));
+    }
+}
+
+// Groups are of 32 channels or more. A number chooses from the upper halves of the 16 floats, rounded,
+// that it may stand for.
+template <int HEAD_DIM>
+inline void round_u4(const HeadPlane& plane, const Tokens& tokens, int head_dim, uint16_t* to) {
+    head_dim = HEAD_DIM ? HEAD_DIM : head_dim;
+    const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi16(1);
+    const int shift = __builtin_ctz((unsigned)plane.group);
+    const __mmask8 groups = (__mmask8)((1u << ((head_dim + plane.group - 1) >> shift)) - 1);
+    alignas(32) float d[16][8], m[16][8];
+    for (int i = 0; i < tokens.count; i++) {
+        _mm256_store_ps(d[i], _mm256_cvtph_ps(_mm_maskz_loadu_epi16(groups, plane.scale + tokens.at[i])));
+        _mm256_store_ps(m[i], _mm256_cvtph_ps(_mm_maskz_loadu_epi16(groups, plane.zero + tokens.at[i])));
+    }
+    for (int i = 0; i < tokens.count; i++, to += head_dim) {
+        auto put = [&](__m512i choice, int at) {
+            const __m512 step = _mm512_set1_ps(d[i][at >> shift]), zero = _mm512_set1_ps(m[i][at >> shift]);
+            const __m512i table = _mm512_add_epi32((__m512i)_mm512_fmadd_ps(steps, step, zero), half);
+            _mm512_storeu_si512(to + at, _mm512_permutexvar_epi16(_mm512_or_si512(choice, upper), table));
+        };
+#pragma GCC unroll 2
+        for (int c = 0; c < head_dim / 2; c += 32) {
+            const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(tokens.x[i] + c)));
+            put(_mm512_slli_epi16(words, 1), c);
+            put(_mm512_srli_epi16(words, 3), head_dim / 2 + c);
+        }
+    }
+}
+
+template <bool FETCH>
+inline void round_tokens(const HeadPlane& plane, int from, int count, int head_dim, uint16_t* to) {
+    const bool usual = head_dim == 64;
+    if (plane.element == I8) {
+        const auto round = usual ? round_i8<64> : round_i8<0>;
+        return round(plane, tokens_at<FETCH>(plane, from, count, head_dim), head_dim, to);
+    }
+    if (plane.element == U4 && plane.group >= 32 && head_dim % 64 == 0) {
+        const auto round = usual ? round_u4<64> : round_u4<0>;
+        return round(plane, tokens_at<FETCH>(plane, from, count, head_dim), head_dim, to);
+    }
     alignas(64) float space[16 * MOST_HEAD_DIM];
-    const void* tokens[16];
-    const int count = wanted ? 32 - __builtin_clz(wanted) : 0;
-    const bool halves = plane.element == BF16;
-    if (count && halves) find_sixteen<FETCH>(plane, from, count, head_dim, (const uint8_t**)tokens);
-    else if (count) read_sixteen<FETCH>(plane, from, count, head_dim, space, (const float**)tokens);
+    const float* tokens[16];
+    read_sixteen<FETCH>(plane, from, count, head_dim, space, tokens);
+    for (int i = 0; i < count; i++)
+        for (int c = 0; c < head_dim; c += 16)
+            _mm256_storeu_si256((__m256i*)(to + i * head_dim + c),
+                                (__m256i)_mm512_cvtneps_pbh(load(tokens[i] + c).v));
+}
+
+// Where 16 tokens from a position on lie in bfloat16: in the cache, or rounded in `space`, [16, head_dim].
+// Zeros are those whose bit in `wanted`, which has one, is not set.
+template <bool FETCH>
+inline void rows_of(const HeadPlane& plane, int from, uint32_t wanted, int head_dim, uint16_t* space,
+                    const uint16_t** rows) {
+    alignas(64) static const uint16_t zeros[MOST_HEAD_DIM] = {};
+    const int count = 32 - __builtin_clz(wanted);
+    if (plane.element == BF16) {
+        find_sixteen<FETCH>(plane, from, count, head_dim, (const uint8_t**)rows);
+    } else {
+        round_tokens<FETCH>(plane, from, count, head_dim, space);
+        for (int i = 0; i < count; i++) rows[i] = space + i * head_dim;
+    }
     for (int i = 0; i < 16 && wanted != 0xffff; i++)
-        if (!(wanted >> i & 1)) tokens[i] = zeros;
-    if (halves) put((const uint16_t* const*)tokens);
-    else put((const float* const*)tokens);
+        if (!(wanted >> i & 1)) rows[i] = zeros;
 }
 
 // The span's keys as tiles, where `with_keys`, and its values. Where nothing is seen weights are zero,
@@ -91,54 +182,65 @@ inline void with_tokens(const HeadPlane& plane, int from, uint32_t wanted, int h
 template <bool FETCH>
 inline void read_span(const Attention& task, const uint32_t* wanted, bool with_keys, SpanTiles& to) {
     const int head_dim = task.head_dim, wide = (head_dim + 31) / 32, narrow = head_dim / 16;
+    alignas(64) static const uint16_t zeros[MOST_HEAD_DIM] = {};
+    alignas(64) uint16_t space[16 * MOST_HEAD_DIM];
+    const uint16_t* rows[16];
     for (int run = 0; run < RUNS; run++) {
         const int from = task.begin + 16 * run;
-        if (wanted[run] && with_keys)
-            with_tokens<FETCH>(task.keys, from, wanted[run], head_dim, [&](auto tokens) {
-                put_keys(tokens, head_dim, to.keys + run * wide * TILE_BYTES);
-            });
-        with_tokens<FETCH>(task.values, from, wanted[run], head_dim, [&](auto tokens) {
-            put_values(tokens, head_dim,
-                       to.values + run / 2 * narrow * TILE_BYTES + run % 2 * (TILE_BYTES / 2));
-        });
+        if (wanted[run] && with_keys) {
+            rows_of<FETCH>(task.keys, from, wanted[run], head_dim, space, rows);
+            put_keys(rows, head_dim, to.keys + run * wide * TILE_BYTES);
+        }
+        if (wanted[run]) rows_of<FETCH>(task.values, from, wanted[run], head_dim, space, rows);
+        else for (const uint16_t*& row : rows) row = zeros;
+        put_values(rows, head_dim, to.values + run / 2 * narrow * TILE_BYTES + run % 2 * (TILE_BYTES / 2));
     }
 }
 
-// Scores of up to 16 queries over keys in bfloat16, which are the first operand as they lie: out
-// [queries, SPAN]. (Tiles are named by literals: sums in 2 and 3.)
+// Scores of up to 16 queries over keys that are the first operand as they lie, in the cache or rounded
+// in `space` [SPAN, head_dim]: out [queries, SPAN]. (Tiles are named by literals: sums in 2 and 3.)
 template <bool FETCH>
-inline void multiply_keys_in_place(const Attention& task, const uint32_t* wanted, float* out) {
-    const int wide = task.head_dim / 32, bytes = task.head_dim * 2;
+inline void multiply_keys_in_place(const Attention& task, const uint32_t* wanted, uint16_t* space,
+                                   float* out) {
+    const int head_dim = task.head_dim, wide = head_dim / 32;
     alignas(64) uint32_t queries[MOST_WIDE][16][16] = {};  // dword [channel / 2][query]
-    alignas(64) uint8_t copy[16 * MOST_HEAD_DIM * 2];
     alignas(64) float sums[RUNS][16][16];
     for (int i = 0; i < task.queries; i++)
         for (int c = 0; c < wide; c++) {
             alignas(64) uint32_t pairs[16];
-            _mm512_store_si512(pairs, channels_of(task.q + i * task.head_dim, 32 * c, task.head_dim));
+            _mm512_store_si512(pairs, channels_of(task.q + i * head_dim, 32 * c, head_dim));
             for (int pair = 0; pair < 16; pair++) queries[c][pair][i] = pairs[pair];
         }
-    for (int run = 0; run < RUNS; run++) {
-        if (!wanted[run]) continue;
-        const uint8_t* tokens[16];
-        const int count = 32 - __builtin_clz(wanted[run]);
-        find_sixteen<FETCH>(task.keys, task.begin + 16 * run, count, task.head_dim, tokens);
-        const uint8_t* x = tokens[0];
-        int64_t stride = tokens[1] - tokens[0];
-        bool even = count == 16;
-        for (int i = 2; i < 16; i++) even &= tokens[i] - tokens[i - 1] == stride;
-        if (!even) {
-            for (int i = 0; i < 16; i++) memcpy(copy + i * bytes, tokens[i], (size_t)bytes);
-            x = copy, stride = bytes;
-        }
+    struct {
+        const uint16_t* x;
+        int64_t stride;
+    } keys[RUNS];
+    auto multiply = [&](int run) {
         _tile_zero(2);
         for (int c = 0; c < wide; c++) {
-            _tile_loadd(5, x + 64 * c, stride);
+            _tile_loadd(5, keys[run].x + 32 * c, keys[run].stride * 2);
             _tile_loadd(6, queries[c], 64);
             _tile_dpbf16ps(2, 5, 6);
         }
         _tile_stored(2, sums[run], 64);
+    };
+    // The unit and vectors work in turn, and each change costs: so what has to be rounded is so first.
+    const bool at_once = task.keys.element == BF16;
+    for (int run = 0; run < RUNS; run++) {
+        if (!wanted[run]) continue;
+        const uint16_t* rows[16];
+        uint16_t* own = space + run * 16 * head_dim;
+        rows_of<FETCH>(task.keys, task.begin + 16 * run, wanted[run], head_dim, own, rows);
+        keys[run] = {rows[0], rows[1] - rows[0]};
+        bool even = true;
+        for (int i = 2; i < 16; i++) even &= rows[i] - rows[i - 1] == keys[run].stride;
+        for (int i = 0; i < 16 && !even; i++)
+            if (rows[i] != own + i * head_dim) memcpy(own + i * head_dim, rows[i], (size_t)head_dim * 2);
+        if (!even) keys[run] = {own, head_dim};
+        if (at_once) multiply(run);
     }
+    for (int run = 0; run < RUNS && !at_once; run++)
+        if (wanted[run]) multiply(run);
     for (int run = 0; run < RUNS; run++) {
         if (!wanted[run]) continue;
         __m512 v[16];
@@ -236,15 +338,15 @@ template <bool FETCH> inline void attend_span(const Attention& task) {
         wanted[run] = bits_of(seen.ranges[0], from) | bits_of(seen.ranges[1], from);
         if (wanted[run]) runs = {runs.end ? runs.begin : run, run + 1};
     }
-    // Keys of few queries are not worth to be turned round, if they are in bfloat16 already.
-    const bool in_place = tiles == 1 && task.keys.element == BF16 && head_dim % 32 == 0;
+    // Keys of few queries are not worth to be turned round.
+    const bool in_place = tiles == 1 && head_dim % 32 == 0;
     read_span<FETCH>(task, wanted, !in_place, span);
     TileShapes shapes;
     shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = (uint8_t)rows;
     const Tiles unit(shapes);
     // The unit and vectors work in turn, and each change costs: so all tiles take a step together.
     if (in_place) {
-        multiply_keys_in_place<FETCH>(task, wanted, scores);
+        multiply_keys_in_place<FETCH>(task, wanted, (uint16_t*)span.keys, scores);
     } else {
         for (int i = 0; i < task.queries; i++)
             for (int c = 0; c < wide; c++)
