@@ -50,6 +50,7 @@ KVIST_API const char* kvist_model_isa(const Handle* handle) { return handle->mod
 KVIST_API int32_t kvist_model_lay_out(Handle* handle, const int32_t* kinds, int32_t head_kind) {
     try {
         handle->model.lay_out(kinds, head_kind);
+        reserve_pass(handle->model, handle->space);  // else the first prompt would wait for memory
         return 0;
     } catch (...) {
         return 1;

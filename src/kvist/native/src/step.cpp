@@ -25,6 +25,10 @@ constexpr int PHASES = 10;  // of a layer in which work is dealt out, at most
 constexpr int GROUPS = 2;  // of 16 rows of a matrix that a thread takes at a time
 constexpr int MOST_SAMPLED = 64;  // rows of logits whose largest is looked for
 
+// Most rows of a pass, and how many it has with those that fill up each thread's.
+int most_rows(int threads) { return std::min(THREAD_ROWS * threads, PASS_ROWS); }
+int placed(int rows, int threads) { return rows + 2 * ROW_TILE * threads; }
+
 // The largest of what a thread has made of a row of logits.
 struct Best {
     int64_t at = 0;
@@ -48,7 +52,7 @@ class Pass {
           rows_(rows), threads_(threads), apart_(rows >= APART_ROWS * threads),
           group_(s.heads / s.kv_heads),
           q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
-          tokens_(rows + 2 * ROW_TILE * threads), places_(rows), owned_(threads, {0, rows}),
+          tokens_(placed(rows, threads)), places_(rows), owned_(threads, {0, rows}),
           dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
         cut_blocks();
         place_rows();
@@ -512,10 +516,15 @@ class Pass {
 
 }  // namespace
 
+void reserve_pass(Model& model, Workspace& space) {
+    const int threads = model.pool.threads();
+    space.reserve(model, placed(most_rows(threads), threads), 512 * threads);
+}
+
 void run_step(Model& model, Workspace& space, const StepInput& input) {
     for (int first = 0, rows; first < input.tokens; first += rows) {
         const int threads = model.pool.choose();
-        rows = std::min({THREAD_ROWS * threads, PASS_ROWS, input.tokens - first});
+        rows = std::min(most_rows(threads), input.tokens - first);
         Pass pass(model, space, input, first, rows, threads);
         model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass,
                        input.tokens <= FEW_ROWS);

@@ -66,6 +66,8 @@ constexpr int APART_ROWS = 64;
 // Most rows of a pass over the weights, for each thread and in all; longer inputs take several.
 constexpr int THREAD_ROWS = 256, PASS_ROWS = 2048;
 
+// Room for a pass of most rows over some thousand positions.
+void reserve_pass(Model& model, Workspace& space);
 void run_step(Model& model, Workspace& space, const StepInput& input);
 
 }  // namespace kvist
