@@ -28,7 +28,7 @@ FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-
 PORTABLE = ("-O2", "-ftree-vectorize", "-DKVIST_ISA=portable")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-AMX = (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+AMX = (*AVX512, "-mavx512bf16", "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16")
 
 
 class NativeLibrary(BuildHookInterface):

@@ -21,6 +21,7 @@
 namespace {
 
 constexpr int CHUNK = 3;  // blocks that are spread out before the unit meets them
+constexpr float CUT = 0x1p-8f * 0.7213475f;  // the mean of 1 / m is that, where log m is even in [1, 2)
 
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations: one column of them, or 16.
 TileShapes shapes_for(int rows) {
@@ -34,14 +35,15 @@ TileShapes shapes_for(int rows) {
 // Read from memory from here on: loads spread a value over all lanes for nothing, shuffles do not.
 inline void in_memory(float (&values)[LANES]) { asm("" : "+m"(values)); }
 
-// A block of a group -> 16 rows of 32 bfloat16. A nibble chooses from the upper halves of the 16
-// floats, rounded, that it may stand for.
+// A block of a group -> 16 rows of 32 bfloat16. A nibble chooses from the upper halves of the 16 floats
+// that it may stand for. What is cut off is not rounded but made up for on average, in their scale: the
+// lower half is 2^-8 of a float's power of two on average, which is CUT of the float itself.
 inline void spread_q4(const uint8_t* w, uint8_t* to) {
     const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi16(1);
+    const __m512i upper = _mm512_set1_epi16(1);
     alignas(64) float d[LANES], m[LANES];
-    store(d, load_half(w + 256));
-    store(m, load_half(w + 288));
+    store(d, load_half(w + 256) * splat(1 + CUT));
+    store(m, load_half(w + 288) * splat(1 + CUT));
     in_memory(d), in_memory(m);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
@@ -49,11 +51,12 @@ inline void spread_q4(const uint8_t* w, uint8_t* to) {
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++) {
             const int r = 4 * v + t;
-            const __m512 exact = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[r]), _mm512_set1_ps(m[r]));
-            const __m512i table = _mm512_add_epi32((__m512i)exact, half);
-            const __m512i choice = t ? _mm512_srli_epi16(words, 4 * t - 1) : _mm512_slli_epi16(words, 1);
-            _mm512_store_si512(to + 64 * r,
-                               _mm512_permutexvar_epi16(_mm512_or_si512(choice, upper), table));
+            const __m512 table = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[r]), _mm512_set1_ps(m[r]));
+            const __m512i choice = t == 0   ? words
+                                   : t == 3 ? _mm512_shldi_epi16(words, words, 4)
+                                            : _mm512_srli_epi16(words, 4 * t);
+            _mm512_store_si512(to + 64 * r, _mm512_permutexvar_epi16(_mm512_or_si512(choice, upper),
+                                                                     (__m512i)table));
         }
     }
 }
@@ -303,7 +306,7 @@ namespace kvist {
 
 const Kernels* kernels_amx() {
     static const Kernels* const found = []() -> const Kernels* {
-        // Leaf 7, EDX: bit 22 AMX-BF16, 24 tiles. Such processors have AVX512-BF16, too.
+        // Leaf 7, EDX: bit 22 AMX-BF16, 24 tiles. Such processors have AVX512-BF16 and VBMI2, too.
         uint32_t a, b, c, d;
         asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
         if (!(d >> 22 & 1) || !(d >> 24 & 1) || !granted()) return nullptr;

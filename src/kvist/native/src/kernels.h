@@ -12,7 +12,7 @@
 //
 // For matrix units numbers lie row by row instead, scales and minima as above:
 //
-//   q4: word j of vector v = input j of the rows 4v to 4v + 3, at bits 0, 4, 8 and 12
+//   q4: word j of vector v = input j of the rows 4v to 4v + 3, at bits 0, 4, 8 and 12, rotated left by one
 //   q8: 32 bytes of each row
 //
 // Activations are rounded to 8 bits with one scale for 32 values, as llama.cpp does, or for matrix units

@@ -1,5 +1,6 @@
 #include "model.h"
 
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -69,10 +70,10 @@ void pack_q4(uint8_t* to, const uint8_t* const* rows, int blocks, bool has_minim
                 continue;
             }
             uint16_t* words = (uint16_t*)(to + r / 4 * 64);
-            for (int i = 0; i < 16; i++) {
-                words[i] |= (uint16_t)((nibbles[i] & 15) << r % 4 * 4);
-                words[16 + i] |= (uint16_t)((nibbles[i] >> 4) << r % 4 * 4);
-            }
+            auto put = [&](int input, int nibble) {
+                words[input] |= std::rotl((uint16_t)(nibble << r % 4 * 4), 1);
+            };
+            for (int i = 0; i < 16; i++) put(i, nibbles[i] & 15), put(16 + i, nibbles[i] >> 4);
         }
 }
 
