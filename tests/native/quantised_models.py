@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,8 +93,28 @@ def round_activations(x: Tensor) -> Tensor:
     return rounded.flatten(-2)
 
 
+STRETCH = np.float32(1) + np.float32(2**-8) * np.float32(0.7213475)
+"""What scales are multiplied by before weights of 4 bits are cut to bfloat16."""
+
+
+def cut(weights: Tensor) -> Tensor:
+    """The upper halves of floats."""
+    return (weights.contiguous().view(torch.int32) & -0x10000).view(torch.float32)
+
+
+def cut_blocks(matrix: Tensor, quantisation: str) -> Tensor:
+    """Rows of Q4_0 or Q4_1 as kernels for matrix units spread them out."""
+    blocks = matrix.numpy().reshape(matrix.shape[0], -1, 18 if quantisation == "Q4_0" else 20)
+    halves = blocks[..., :-16].copy().view(np.float16).astype(np.float32)
+    d = halves[..., :1]
+    m = -8 * d if quantisation == "Q4_0" else halves[..., 1:]
+    numbers = np.concatenate((blocks[..., -16:] & 15, blocks[..., -16:] >> 4), axis=-1)
+    exact = numbers * (d * STRETCH).astype(np.float64) + (m * STRETCH)
+    return cut(torch.from_numpy(exact.astype(np.float32)).flatten(1))
+
+
 @contextmanager
-def rounding(model: kvist.Model, isa: str) -> Iterator[None]:
+def rounding(model: kvist.Model, isa: str, quantisation: str = "Q8_0") -> Iterator[None]:
     """The model's own forward with what every matrix meets rounded, as kernels for `isa` do.
 
     For matrix units that is bfloat16, weights too; their attention's rounding is not imitated.
@@ -102,7 +123,9 @@ def rounding(model: kvist.Model, isa: str) -> Iterator[None]:
     def product(linear: nn.Module, inputs: tuple[Tensor], _: Tensor) -> Tensor:
         x, weight = inputs[0], linear.get_parameter("weight")
         if isa == "amx":
-            return nn.functional.linear(x.bfloat16().float(), weight.bfloat16().float())
+            few_bits = quantisation.startswith("Q4")
+            weight = cut(weight * float(STRETCH)) if few_bits else weight.bfloat16().float()
+            return nn.functional.linear(x.bfloat16().float(), weight)
         return nn.functional.linear(round_activations(x), weight)
 
     hooks = [

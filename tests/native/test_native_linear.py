@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from quantised_models import round_activations
+from quantised_models import cut_blocks, round_activations
 
 from kvist.loading.dequantize import dequantize
 from kvist.native.library import library
@@ -49,10 +49,9 @@ def rounded(
     weights = dequantize(matrix, quantisation)
     if isa != "amx":
         return round_activations(x), weights
-    if quantisation == "Q8_0":
-        return x.bfloat16().float(), weights.bfloat16().float()
-    ties_away = (weights.contiguous().view(torch.int32) + 0x8000) & -0x10000
-    return x.bfloat16().float(), ties_away.view(torch.float32)
+    of_few_bits = quantisation.startswith("Q4")
+    weights = cut_blocks(matrix, quantisation) if of_few_bits else weights.bfloat16().float()
+    return x.bfloat16().float(), weights
 
 
 @pytest.mark.parametrize("isa", ISAS)

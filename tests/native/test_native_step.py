@@ -85,7 +85,7 @@ def test_logits_are_those_of_rounded_activations(
     model, _ = opened(family, quantisation)
     step = make_step(opened, family, quantisation, isa=isa, threads=1)
     for chunks in (WHOLE, CHUNKED, RAGGED):
-        with rounding(model, isa):
+        with rounding(model, isa, quantisation):
             expected = logits_of(model, model_step(model.lm), chunks)
         found, wanted = torch.cat(logits_of(model, step, chunks)), torch.cat(expected)
         # A value on the edge may round the other way and move what follows it; most do not.
@@ -208,7 +208,7 @@ def test_a_window_hides_what_the_model_does_not_see(
     model, _ = opened()
     step = make_step(opened, threads=2)
     window = kvist.SlidingWindow(6, sinks)
-    with rounding(model, step.packed.isa):
+    with rounding(model, step.packed.isa, "Q4_1"):
         [expected] = logits_of(model, model_step(model.lm), CHUNKED, layout, retention=window)
     [found] = logits_of(model, step, CHUNKED, layout, retention=window)
     [everything] = logits_of(model, step, CHUNKED, layout)
