@@ -14,7 +14,7 @@ from kvist.errors import ConfigError, NotSupported
 __all__ = ["LayerInput", "PlaneInput", "Shape", "StepInput", "library", "missing"]
 
 LIBRARY = Path(__file__).with_name("_kvist.so")
-INTERFACE = 3  # kvist_interface() of the library that these declarations are of
+INTERFACE = 4  # kvist_interface() of the library that these declarations are of
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int32

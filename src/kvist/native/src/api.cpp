@@ -27,7 +27,7 @@ struct Handle {
 #define KVIST_API extern "C" __attribute__((visibility("default")))
 
 // Raised by one whenever a signature or a structure changes.
-KVIST_API int32_t kvist_interface() { return 3; }
+KVIST_API int32_t kvist_interface() { return 4; }
 
 KVIST_API const char* kvist_best_isa() { return kernels_named("")->name; }
 
