@@ -8,7 +8,11 @@ import torch
 from quantised_models import LLAMA, write_gguf
 
 import kvist
+from kvist.cache.groups import bytes_per_token, group_layers
 from kvist.errors import ConfigError, NotSupported
+from kvist.loading.checkpoint import open_checkpoint
+from kvist.loading.gguf import GGUFCheckpoint
+from kvist.reports.plan import plan_model
 from kvist.runner.executors import choose_step
 from tiny_models import tiny
 
@@ -78,3 +82,29 @@ def test_rounded_activations_have_a_fingerprint_of_their_own(gguf: Path) -> None
     one, again = (kvist.load(gguf, device="cpu").fingerprint for _ in range(2))
     assert one == again
     assert one != kvist.load(gguf, device="cpu", executor="reference").fingerprint
+
+
+def test_a_plan_counts_what_native_code_keeps(gguf: Path) -> None:
+    found, _ = plan_model(str(gguf), context=128, device="cpu")
+    model = kvist.load(gguf, device="cpu")
+    assert model.native is not None
+    assert found.setting.packed
+    assert found.setting.cache_dtype == model.native.packed.cache_dtype
+    held = [bytes_per_token(g, model.codec("plain")) for g in group_layers(model.specs)]
+    assert found.chosen.bytes_per_token == sum(held)
+    checkpoint = open_checkpoint(gguf)
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    in_file = sum(
+        matrix.data.nbytes
+        for name in checkpoint.names()
+        if (matrix := checkpoint.quantized(name)) is not None
+    )
+    filling = 15 * LLAMA.hidden // 32 * 20  # rows that make the head's a multiple of 16
+    assert in_file <= found.need.weights <= in_file + filling
+    assert all("bfloat16" not in line for line in found.advice)
+
+
+def test_a_plan_for_another_dtype_counts_floats(gguf: Path) -> None:
+    found, _ = plan_model(str(gguf), context=128, device="cpu", dtype="bfloat16")
+    assert not found.setting.packed
+    assert found.setting.cache_dtype is None

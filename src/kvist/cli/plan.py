@@ -92,6 +92,7 @@ def _as_json(model: str, plan: "Plan") -> dict[str, Any]:
         "fits": plan.fits,
         "weight_bytes": plan.need.weights,
         "fp8_weight_bytes": setting.fp8_bytes,
+        "packed_weights": setting.packed,
         "activation_bytes": plan.need.activations,
         "activation_formula": ACTIVATIONS,
         "cache_bytes": plan.need.cache,
@@ -130,7 +131,9 @@ def _sums(plan: "Plan", where: str) -> "Table":
 
     setting, need = plan.setting, plan.need
     parameters = f"{need.weights // setting.dtype.itemsize:,} parameters"
-    if setting.fp8_bytes:
+    if setting.packed:
+        parameters = "as the file has them"
+    elif setting.fp8_bytes:
         parameters = f"{bytes_text(setting.fp8_bytes)} of them in fp8"
     tokens = min(setting.chunk, setting.context)
     requests = f"{setting.concurrency:,} request{'s' * (setting.concurrency > 1)}"

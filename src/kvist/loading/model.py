@@ -332,7 +332,7 @@ def _native(
         if device.type != "cpu" or dtype != torch.float32:
             raise NotSupported(f"native code computes in float32 on a CPU, not {dtype} on {device}")
         if executor == "auto" and not isinstance(checkpoint, GGUFCheckpoint):
-            return None
+            return None  # so does `kvist.reports.plan`
         assert isinstance(checkpoint, GGUFCheckpoint | DirectoryCheckpoint)
         check_fit(lm, checkpoint, ignore=_ignorable)
         return native_step(lm.config, checkpoint)

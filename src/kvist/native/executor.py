@@ -21,11 +21,12 @@ from kvist.errors import ConfigError, KvistError, NotSupported, RequestError
 from kvist.models.config import DecoderConfig
 from kvist.native.library import StepInput, library
 from kvist.native.planes import BoundPlanes
-from kvist.native.weights import PackedModel, QuantizedWeights, pack_model
+from kvist.native.weights import PackedModel, QuantizedWeights, chosen_isa, pack_model
 
 __all__ = ["NativeStep", "native_step"]
 
 BAD_TOKEN = 2  # what `kvist_step` returns for it
+ARITHMETIC = 2  # raised by one whenever the same weights come to compute other numbers
 
 
 def native_step(
@@ -47,7 +48,7 @@ def native_step(
     Raises:
         NotSupported: no library, or a model or format that it does not run.
     """
-    isa = isa or os.environ.get("KVIST_ISA")
+    isa = isa or chosen_isa()
     cores = physical_cores()
     if threads is None:
         threads = min(torch.get_num_threads(), len(cores))
@@ -72,7 +73,8 @@ class NativeStep:
     @property
     def fingerprint(self) -> str:
         """Names the weights and the arithmetic."""
-        return f"native, {self.packed.activations} activations, {self.packed.digest}"
+        arithmetic = f"{self.packed.activations} activations, arithmetic {ARITHMETIC}"
+        return f"native, {arithmetic}, {self.packed.digest}"
 
     def __repr__(self) -> str:
         """Instruction set and threads."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,12 @@ from kvist.native.library import Shape, isa_bytes, library
 if TYPE_CHECKING:
     from hashlib import _Hash as Digest
 
-__all__ = ["PackedModel", "QuantizedWeights", "pack_model"]
+__all__ = ["PackedModel", "PackedSize", "QuantizedWeights", "pack_model", "packed_size"]
 
 # ggml's name, or a dtype -> (the library's `Stored`, its `Kind`).
 STORED = {"Q4_0": (0, 0), "Q4_1": (1, 0), "Q8_0": (2, 1)}
 STORED_FLOATS = {torch.float32: (3, 2), torch.float16: (4, 2), torch.bfloat16: (5, 3)}
+_BLOCK_BYTES = (20, 34, 128, 64)  # of 32 numbers of a row, by kind
 
 _LAYER_MATRICES = (
     "self_attn.q_proj",
@@ -109,14 +110,75 @@ class PackedModel:
     @property
     def activations(self) -> str:
         """What they are rounded to: "float32" is not at all."""
-        if not self.quantised:
-            return "float32"
-        return "bfloat16" if self.isa == "amx" else "8-bit"
+        return _activations(self.isa, self.quantised)
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
         """What keys and values are rounded to before they are multiplied; None is not at all."""
-        return torch.bfloat16 if self.activations == "bfloat16" else None
+        return _CACHE_DTYPES.get(self.activations)
+
+
+def _activations(isa: str, quantised: bool) -> str:
+    if not quantised:
+        return "float32"
+    return "bfloat16" if isa == "amx" else "8-bit"
+
+
+_CACHE_DTYPES = {"bfloat16": torch.bfloat16}
+
+
+class PackedSize(NamedTuple):
+    """What a checkpoint will take in native code.
+
+    Args:
+        weights: bytes of its packed matrices; an embedding of its own stays in the mapped file.
+        cache_dtype: see `PackedModel`.
+    """
+
+    weights: int
+    cache_dtype: torch.dtype | None
+
+
+def packed_size(config: DecoderConfig, checkpoint: QuantizedWeights) -> PackedSize:
+    """What `pack_model` would make of a checkpoint here, read from its headers alone.
+
+    Raises:
+        NotSupported: as `pack_model`.
+    """
+    check_config(config)
+    names, head_name, read, quantised = _matrices(config, checkpoint)
+    isa = chosen_isa() or library().kvist_best_isa().decode()
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, wide = config.hidden_size, config.intermediate_size
+    attention = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+    shapes = [*attention, (wide, hidden), (wide, hidden), (hidden, wide)]
+    matrices = [
+        (name, *shape) for layer in names for name, shape in zip(layer, shapes, strict=True)
+    ]
+    total = sum(
+        -(-rows // 16) * 16 * columns // 32 * _BLOCK_BYTES[read.kind(name)]
+        for name, rows, columns in [*matrices, (head_name, config.vocab_size, hidden)]
+    )
+    return PackedSize(total, _CACHE_DTYPES.get(_activations(isa, quantised)))
+
+
+def chosen_isa() -> str | None:
+    """The instruction set that the environment's `KVIST_ISA` names; None is the best."""
+    return os.environ.get("KVIST_ISA")
+
+
+def _matrices(
+    config: DecoderConfig, checkpoint: QuantizedWeights
+) -> tuple[list[list[str]], str, "_Floats | _Quantized", bool]:
+    """Names of each layer's matrices and of the head; their reader; whether they are quantised."""
+    head_name = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+    names = [
+        [f"model.layers.{i}.{name}.weight" for name in _LAYER_MATRICES]
+        for i in range(config.num_layers)
+    ]
+    if checkpoint.quantized(head_name) is None:
+        return names, head_name, _Floats(checkpoint, head_name), False
+    return names, head_name, _Quantized(checkpoint), True
 
 
 def pack_model(
@@ -141,13 +203,7 @@ def pack_model(
     """
     check_config(config)
     loaded = library()
-    head_name = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
-    names = [
-        [f"model.layers.{i}.{name}.weight" for name in _LAYER_MATRICES]
-        for i in range(config.num_layers)
-    ]
-    in_floats = checkpoint.quantized(head_name) is None
-    read = _Floats(checkpoint, head_name) if in_floats else _Quantized(checkpoint)
+    names, head_name, read, quantised = _matrices(config, checkpoint)
     shape = Shape(
         layers=config.num_layers,
         hidden=config.hidden_size,
@@ -182,7 +238,7 @@ def pack_model(
         loaded.kvist_model_free(handle)
         raise
     model = PackedModel(
-        config, handle, padded, threads, os.getpid(), digest.hexdigest(), quantised=not in_floats
+        config, handle, padded, threads, os.getpid(), digest.hexdigest(), quantised=quantised
     )
     weakref.finalize(model, _free, handle, model.pid)
     for i in range(config.num_layers):

@@ -39,7 +39,7 @@ class Setting:
     Args:
         config: the decoder's configuration.
         specs: what each layer's cache must hold, retention applied.
-        weight_bytes: of all parameters.
+        weight_bytes: of all parameters, in the form in which they stay.
         fp8_bytes: what of them is in fp8, whatever the dtype.
         dtype: of weights and activations.
         codec: how keys and values are written.
@@ -47,6 +47,8 @@ class Setting:
         context: tokens of a request, prompt and output.
         concurrency: requests at a time.
         chunk: most prompt tokens of a step.
+        packed: whether native code runs the weights as the file has them.
+        cache_dtype: what a plain cache is kept in where it is not `dtype`.
     """
 
     config: DecoderConfig
@@ -59,6 +61,13 @@ class Setting:
     concurrency: int = 1
     chunk: int = CHUNK
     fp8_bytes: int = 0
+    packed: bool = False
+    cache_dtype: torch.dtype | None = None
+
+    @property
+    def token_bytes(self) -> tuple[tuple[AttentionSpec, int], ...]:
+        """What one token takes in all layers of each spec."""
+        return _token_bytes(self.specs, self.codec, self.dtype, self.cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -109,16 +118,15 @@ def request_bytes(setting: Setting) -> int:
     """Bytes of the cache of one request as long as the context."""
     return sum(
         size * tokens_held(spec, setting.context, setting.layout, setting.chunk)
-        for spec, size in token_bytes(setting.specs, setting.codec, setting.dtype)
+        for spec, size in setting.token_bytes
     )
 
 
 @cache
-def token_bytes(
-    specs: tuple[LayerSpec, ...], codec: str, dtype: torch.dtype
+def _token_bytes(
+    specs: tuple[LayerSpec, ...], codec: str, dtype: torch.dtype, stored: torch.dtype | None
 ) -> tuple[tuple[AttentionSpec, int], ...]:
-    """What one token takes in all layers of each spec."""
-    made = make_codec(codec, dtype)
+    made = make_codec(codec, dtype, stored=stored)
     return tuple((group.spec, bytes_per_token(group, made)) for group in group_layers(specs))
 
 
@@ -150,7 +158,7 @@ def _activations(setting: Setting) -> int:
     widest = max(4 * q + kv, 3 * config.intermediate_size)
     layer = tokens * (4 * config.hidden_size + 2 * config.head_dim + widest) * itemsize
     sampler = setting.concurrency * config.vocab_size * 24
-    sizes = token_bytes(setting.specs, setting.codec, setting.dtype)
+    sizes = setting.token_bytes
     masked = tokens < setting.context or any(spec.window is not None for spec, _ in sizes)
     mask = tokens * setting.context * (1 + itemsize) if masked else 0
     lossless = make_codec(setting.codec, setting.dtype).lossless
@@ -164,7 +172,7 @@ def _activations(setting: Setting) -> int:
 
 def codec_fit(setting: Setting, memory: int) -> CodecFit:
     """What the setting's codec makes of a memory of this many bytes."""
-    sizes = token_bytes(setting.specs, setting.codec, setting.dtype)
+    sizes = setting.token_bytes
     cost = request_bytes(setting)
     used = need(setting)
     room = max(memory - used.weights - used.activations, 0)

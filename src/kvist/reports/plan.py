@@ -15,7 +15,7 @@ from torch import nn
 from kvist.cache import CODECS, LAYOUTS
 from kvist.core.retention import KeepAll, Retention
 from kvist.core.spec import AttentionSpec, LayerSpec
-from kvist.errors import CacheError, RequestError
+from kvist.errors import CacheError, NotSupported, RequestError
 from kvist.models.config import DecoderConfig
 from kvist.models.decoder import Decoder
 from kvist.models.fp8 import Fp8Linear, check_weights, use_fp8
@@ -37,6 +37,7 @@ from kvist.reports.sizes import bytes_text
 
 if TYPE_CHECKING:
     from kvist.loading.checkpoint import Checkpoint
+    from kvist.native.weights import PackedSize
 
 __all__ = ["Plan", "plan", "plan_model", "sliding_text"]
 
@@ -86,6 +87,8 @@ def plan(
     layout: str = "paged",
     chunk: int = CHUNK,
     fp8_bytes: int = 0,
+    packed: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Plan a setting; arguments as in `Setting`, and `memory` in bytes.
 
@@ -110,6 +113,8 @@ def plan(
         concurrency,
         chunk,
         fp8_bytes,
+        packed,
+        cache_dtype,
     )
     names = [*CODECS, *([] if codec in CODECS else [codec])]
     return Plan(
@@ -165,6 +170,7 @@ def plan_model(
     config = lm.config
     if layout not in LAYOUTS:
         raise CacheError(f"no cache layout named {layout!r}; there are: {', '.join(LAYOUTS)}")
+    native = _packed(checkpoint, config, kind, where) if weights == "auto" else None
     if memory is None:
         memory = int(available_memory(where) * FREE_SHARE)
         place = f"{FREE_SHARE:.0%} of what is free here ({where.type})"
@@ -173,8 +179,10 @@ def plan_model(
     made = plan(
         config,
         [(retention or KeepAll()).apply(spec) for spec in config.specs],
-        weight_bytes=others * kind.itemsize + fp8_bytes,
+        weight_bytes=native.weights if native else others * kind.itemsize + fp8_bytes,
         fp8_bytes=fp8_bytes,
+        packed=native is not None,
+        cache_dtype=native.cache_dtype if native else None,
         dtype=kind,
         memory=memory,
         context=context or config.max_positions,
@@ -183,6 +191,22 @@ def plan_model(
         layout=layout,
     )
     return made, place
+
+
+def _packed(
+    checkpoint: "Checkpoint", config: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> "PackedSize | None":
+    """What native code would keep of a checkpoint; None where it would not run it."""
+    from kvist.loading.gguf import GGUFCheckpoint
+    from kvist.native.weights import packed_size
+
+    native = device.type == "cpu" and dtype == torch.float32
+    if not native or not isinstance(checkpoint, GGUFCheckpoint):
+        return None
+    try:
+        return packed_size(config, checkpoint)
+    except NotSupported:
+        return None
 
 
 def _without_weights(checkpoint: "Checkpoint") -> tuple[nn.Module, Decoder]:
@@ -268,8 +292,8 @@ def _last_way_to_fit(setting: Setting, memory: int) -> list[str]:
 
 
 def _halved(setting: Setting) -> Setting:
-    """The setting in a type of two bytes."""
-    if setting.dtype.itemsize <= 2:
+    """The setting in a type of two bytes, where that makes it smaller."""
+    if setting.dtype.itemsize <= 2 or setting.packed:
         return setting
     factor = setting.dtype.itemsize // 2
     whole = setting.weight_bytes - setting.fp8_bytes
