@@ -117,17 +117,23 @@ class Pass {
     }
 
     // Rows need each other's keys and values, nothing else. When they are many, each thread takes its
-    // own through all of a layer, so that they stay in its cache and threads wait but once: blocks go
-    // to threads in turn and back, those that see most first, and a thread's rows lie side by side.
+    // own through all of a layer, so that they stay in its cache and threads wait but once: each block,
+    // the costliest first, goes to the thread that has least to do. A thread's rows lie side by side.
     void place_rows() {
         if (apart_) {
-            std::stable_sort(blocks_.begin(), blocks_.end(), [](const Block& a, const Block& b) {
-                return a.position + a.count > b.position + b.count;
+            // A row's products take about as long as its attention to so many positions.
+            constexpr int PRODUCTS = 512;
+            auto cost = [](const Block& block) {
+                return (int64_t)block.count * (PRODUCTS + block.position);
+            };
+            std::stable_sort(blocks_.begin(), blocks_.end(), [&](const Block& a, const Block& b) {
+                return cost(a) > cost(b);
             });
             std::vector<std::vector<Block>> dealt(threads_);
-            for (size_t i = 0; i < blocks_.size(); i++) {
-                const int turn = (int)(i % (2 * threads_));
-                dealt[turn < threads_ ? turn : 2 * threads_ - 1 - turn].push_back(blocks_[i]);
+            std::vector<int64_t> costs(threads_);
+            for (const Block& block : blocks_) {
+                const size_t t = std::min_element(costs.begin(), costs.end()) - costs.begin();
+                dealt[t].push_back(block), costs[t] += cost(block);
             }
             blocks_.clear();
             constexpr int RUN = 2 * ROW_TILE;  // which matrix units take together
