@@ -10,9 +10,10 @@ cache and speculation off; prompts are drawn anew for each run and are the same 
 
 Contenders take turns, each in a process of its own and the peers in an environment of their own,
 which is made on the first run: openvino-genai by wheel, llama-cpp-python only with `LLAMA=1`, since
-it builds for minutes. Prefill is prompt tokens over time to first token, decode new tokens over the
-time after, `start` the time from nothing but imported libraries to the first token. The floor is
-what reading a step's bytes again and again takes, measured in the same run.
+it builds for minutes (`CMAKE_ARGS` goes with it, where its own choice of instructions fails).
+Prefill is prompt tokens over time to first token, decode new tokens over the time after, `start`
+the time from nothing but imported libraries to the first token. The floor is what reading a step's
+bytes again and again takes, measured in the same run.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """What all tests share: one thread, the reference checkpoints, and SmolLM2 where it was pulled."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ settings.load_profile("kvist")
 def pytest_configure(config: pytest.Config) -> None:
     # Tiny models are slower with more threads, most of all where several suites share a machine.
     torch.set_num_threads(1)
+    # A shell that starts something behind it has it ignore Ctrl-C, which tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

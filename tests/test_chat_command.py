@@ -1,5 +1,6 @@
 """The chat on the command line: lines in, answers and commands out, on a terminal and in a pipe."""
 
+import fcntl
 import io
 import os
 import pty
@@ -460,8 +461,7 @@ class Terminal:
         self.child = subprocess.Popen(
             [sys.executable, "-m", "kvist", "chat", TINY, *SHORT, *options],
             stdin=there, stdout=there, stderr=there, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}, preexec_fn=_take_terminal,
         )  # fmt: skip
         os.close(there)
         self.unread = ""
@@ -481,11 +481,17 @@ class Terminal:
 
     def press(self, key: str, wanted: str) -> None:
         """Press a key until it is heeded: `input` misses a Ctrl-C while it is about to wait."""
-        while True:
+        for _ in range(12):
             self.type(key)
             if select.select([self.end], [], [], 5)[0]:
                 self.until(wanted)
                 return
+        raise AssertionError(f"{key!r} was not heeded; {wanted!r} did not come")
+
+
+def _take_terminal() -> None:
+    """In the child: its input is its terminal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
