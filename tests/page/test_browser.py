@@ -165,6 +165,7 @@ def test_a_question_asked_before_the_model_is_known_waits_for_it(page: Any) -> N
 
 def test_a_block_says_what_it_holds_to_pointer_and_keyboard(page: Any) -> None:
     ask(page, "once upon a time there was a twig")
+    settles(page, lambda: legend(page, "published") > 5)
     settles(page, lambda: "At rest." in page.locator(".headline").inner_text())
     tip = page.locator(".tip")
     page.locator("canvas.map").hover(position={"x": 5, "y": 5})

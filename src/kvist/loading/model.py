@@ -306,6 +306,14 @@ def _fill(lm: Decoder, checkpoint: "Checkpoint", dtype: torch.dtype, device: tor
     lm.requires_grad_(False)
 
 
+def chooses_native(checkpoint: "Checkpoint", dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether native code is to run a checkpoint, if it can, where no executor is named."""
+    from kvist.loading.gguf import GGUFCheckpoint
+
+    on_cpu = device.type == "cpu" and dtype == torch.float32
+    return on_cpu and isinstance(checkpoint, GGUFCheckpoint)
+
+
 def _native(
     executor: str,
     lm: Decoder,
@@ -328,11 +336,11 @@ def _native(
         raise ConfigError(f"no executor {executor!r}; there are: {', '.join(EXECUTORS)}")
     if executor not in ("auto", "native"):
         return None
+    if executor == "auto" and not chooses_native(checkpoint, dtype, device):
+        return None
     try:
         if device.type != "cpu" or dtype != torch.float32:
             raise NotSupported(f"native code computes in float32 on a CPU, not {dtype} on {device}")
-        if executor == "auto" and not isinstance(checkpoint, GGUFCheckpoint):
-            return None  # so does `kvist.reports.plan`
         assert isinstance(checkpoint, GGUFCheckpoint | DirectoryCheckpoint)
         check_fit(lm, checkpoint, ignore=_ignorable)
         return native_step(lm.config, checkpoint)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -72,6 +73,9 @@ class QuantizedWeights(Protocol):
 
     def quantized(self, name: str) -> Blocks | None:
         """A matrix's blocks, None where it is stored in floats."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's, without reading it."""
 
     def tensor(self, name: str, *, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor in floats."""
@@ -148,17 +152,10 @@ def packed_size(config: DecoderConfig, checkpoint: QuantizedWeights) -> PackedSi
     check_config(config)
     names, head_name, read, quantised = _matrices(config, checkpoint)
     isa = chosen_isa() or library().kvist_best_isa().decode()
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, wide = config.hidden_size, config.intermediate_size
-    attention = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
-    shapes = [*attention, (wide, hidden), (wide, hidden), (hidden, wide)]
-    matrices = [
-        (name, *shape) for layer in names for name, shape in zip(layer, shapes, strict=True)
-    ]
-    total = sum(
-        -(-rows // 16) * 16 * columns // 32 * _BLOCK_BYTES[read.kind(name)]
-        for name, rows, columns in [*matrices, (head_name, config.vocab_size, hidden)]
-    )
+    total = 0
+    for name in [*chain.from_iterable(names), head_name]:
+        rows, columns = checkpoint.shape(name)
+        total += -(-rows // 16) * 16 * columns // 32 * _BLOCK_BYTES[read.kind(name)]
     return PackedSize(total, _CACHE_DTYPES.get(_activations(isa, quantised)))
 
 

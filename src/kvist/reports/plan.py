@@ -198,11 +198,12 @@ def _packed(
 ) -> "PackedSize | None":
     """What native code would keep of a checkpoint; None where it would not run it."""
     from kvist.loading.gguf import GGUFCheckpoint
+    from kvist.loading.model import chooses_native
     from kvist.native.weights import packed_size
 
-    native = device.type == "cpu" and dtype == torch.float32
-    if not native or not isinstance(checkpoint, GGUFCheckpoint):
+    if not chooses_native(checkpoint, dtype, device):
         return None
+    assert isinstance(checkpoint, GGUFCheckpoint)
     try:
         return packed_size(config, checkpoint)
     except NotSupported:

@@ -88,8 +88,7 @@ template <Kind KIND> inline void spread(const Groups& groups, int begin, int end
         for (int g = 0; g < 2; g++, to += TILE_BYTES) {
             const uint8_t* w = groups.w + g * groups.stride + b * BYTES<KIND>;
             // What comes in this place the next time, into the second cache; what comes soon, into the first.
-            for (int i = 0; i < BYTES<KIND>; i += 64)
-                {
+            for (int i = 0; i < BYTES<KIND>; i += 64) {
                 _mm_prefetch((const char*)w + 2 * groups.stride + i, _MM_HINT_T1);
                 _mm_prefetch((const char*)w + 3 * BYTES<KIND> + i, _MM_HINT_T0);
             }

@@ -5,7 +5,6 @@
 // alone and among others.
 #pragma once
 #include "attention.h"
-#include "linear.h"
 #include "tiles.h"
 
 namespace {
@@ -77,27 +76,6 @@ struct Tokens {
     int count;
 };
 
-template <bool FETCH> inline Tokens tokens_at(const HeadPlane& plane, int from, int count, int head_dim) {
-    Place place(plane, from);
-    const bool one_block = !plane.ring && place.token + count <= plane.block_size;
-    const int64_t size = element_bytes(plane.element), bytes = plane.element == U4 ? head_dim / 2 : head_dim * size;
-    Tokens tokens;
-    tokens.count = count;
-    tokens.x[0] = place.x(plane), tokens.at[0] = place.scale(plane);
-    for (int i = 1; i < count; i++) {
-        if (one_block) {
-            tokens.x[i] = tokens.x[i - 1] + plane.token_stride * size;
-            tokens.at[i] = tokens.at[i - 1] + plane.scale_token_stride;
-        } else {
-            const Place other(plane, from + i);
-            tokens.x[i] = other.x(plane), tokens.at[i] = other.scale(plane);
-        }
-    }
-    for (int i = 0; FETCH && i < count; i++)
-        for (int64_t line = 0; line < bytes; line += 64) prefetch(tokens.x[i] + AHEAD + line);
-    return tokens;
-}
-
 // Tokens rounded, `to` [16, head_dim]. HEAD_DIM is that where it is usual, else 0.
 template <int HEAD_DIM>
 inline void round_i8(const HeadPlane& plane, const Tokens& tokens, int head_dim, uint16_t* to) {
@@ -143,13 +121,12 @@ inline void round_u4(const HeadPlane& plane, const Tokens& tokens, int head_dim,
 template <bool FETCH>
 inline void round_tokens(const HeadPlane& plane, int from, int count, int head_dim, uint16_t* to) {
     const bool usual = head_dim == 64;
-    if (plane.element == I8) {
-        const auto round = usual ? round_i8<64> : round_i8<0>;
-        return round(plane, tokens_at<FETCH>(plane, from, count, head_dim), head_dim, to);
-    }
-    if (plane.element == U4 && plane.group >= 32 && head_dim % 64 == 0) {
-        const auto round = usual ? round_u4<64> : round_u4<0>;
-        return round(plane, tokens_at<FETCH>(plane, from, count, head_dim), head_dim, to);
+    const bool table = plane.element == U4 && plane.group >= 32 && head_dim % 64 == 0;
+    if (plane.element == I8 || table) {
+        Tokens tokens{.count = count};
+        find_sixteen<FETCH>(plane, from, count, head_dim, tokens.x, tokens.at);
+        const auto round = table ? usual ? round_u4<64> : round_u4<0> : usual ? round_i8<64> : round_i8<0>;
+        return round(plane, tokens, head_dim, to);
     }
     alignas(64) float space[16 * MOST_HEAD_DIM];
     const float* tokens[16];
@@ -161,15 +138,15 @@ inline void round_tokens(const HeadPlane& plane, int from, int count, int head_d
 }
 
 // Where 16 tokens from a position on lie in bfloat16: in the cache, or rounded in `space`, [16, head_dim].
-// Zeros are those whose bit in `wanted`, which has one, is not set.
+// Zeros are those whose bit in `wanted` is not set.
 template <bool FETCH>
 inline void rows_of(const HeadPlane& plane, int from, uint32_t wanted, int head_dim, uint16_t* space,
                     const uint16_t** rows) {
     alignas(64) static const uint16_t zeros[MOST_HEAD_DIM] = {};
-    const int count = 32 - __builtin_clz(wanted);
-    if (plane.element == BF16) {
+    const int count = wanted ? 32 - __builtin_clz(wanted) : 0;
+    if (count && plane.element == BF16) {
         find_sixteen<FETCH>(plane, from, count, head_dim, (const uint8_t**)rows);
-    } else {
+    } else if (count) {
         round_tokens<FETCH>(plane, from, count, head_dim, space);
         for (int i = 0; i < count; i++) rows[i] = space + i * head_dim;
     }
@@ -182,7 +159,6 @@ inline void rows_of(const HeadPlane& plane, int from, uint32_t wanted, int head_
 template <bool FETCH>
 inline void read_span(const Attention& task, const uint32_t* wanted, bool with_keys, SpanTiles& to) {
     const int head_dim = task.head_dim, wide = (head_dim + 31) / 32, narrow = head_dim / 16;
-    alignas(64) static const uint16_t zeros[MOST_HEAD_DIM] = {};
     alignas(64) uint16_t space[16 * MOST_HEAD_DIM];
     const uint16_t* rows[16];
     for (int run = 0; run < RUNS; run++) {
@@ -191,8 +167,7 @@ inline void read_span(const Attention& task, const uint32_t* wanted, bool with_k
             rows_of<FETCH>(task.keys, from, wanted[run], head_dim, space, rows);
             put_keys(rows, head_dim, to.keys + run * wide * TILE_BYTES);
         }
-        if (wanted[run]) rows_of<FETCH>(task.values, from, wanted[run], head_dim, space, rows);
-        else for (const uint16_t*& row : rows) row = zeros;
+        rows_of<FETCH>(task.values, from, wanted[run], head_dim, space, rows);
         put_values(rows, head_dim, to.values + run / 2 * narrow * TILE_BYTES + run % 2 * (TILE_BYTES / 2));
     }
 }

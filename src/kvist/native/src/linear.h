@@ -12,8 +12,6 @@ namespace {
 
 using namespace kvist;
 
-constexpr int AHEAD = 4096;  // bytes; a page, where hardware prefetchers stop
-
 // What a row's block adds, given its scale and the block's integer sum.
 inline int blocks_of(const Activations& x) { return x.columns / BLOCK; }
 

@@ -157,14 +157,12 @@ inline void encode_u4(const float* y, int head_dim, int group, uint8_t* x, uint1
     else encode_u4(y, head_dim, plane.group, to, plane.scale + at, plane.zero + at);
 }
 
-// One token of any kind but F32 as floats.
-inline void read_token(const HeadPlane& plane, const Place& place, int head_dim, float* out) {
-    const uint8_t* x = place.x(plane);
+// One token of any kind but F32, whose numbers lie at x and whose scales at the place `at`, as floats.
+inline void read_token(const HeadPlane& plane, const uint8_t* x, int64_t at, int head_dim, float* out) {
     if (plane.element == BF16) {
         for (int i = 0; i < head_dim; i += 16) store(out + i, load_bf16((const uint16_t*)x + i));
         return;
     }
-    const int64_t at = place.scale(plane);
     if (plane.element == I8) {
         const Floats scale = splat(quick_half(plane.scale[at]));
         for (int i = 0; i < head_dim; i += 16)
@@ -193,18 +191,27 @@ inline void read_token(const HeadPlane& plane, const Place& place, int head_dim,
     for (int i = 0; i < head_dim; i += 16) store(out + i, value(load(out + i), i));
 }
 
-// Where the tokens at `count` positions from `from` on lie, 16 at most; from `count` on, the last. FETCH:
-// they come from memory, so what lies a page behind them is fetched.
+// Where the tokens at `count` positions from `from` on lie, 16 at most, and if asked for their scales; from
+// `count` on, the last. FETCH: they come from memory, so what lies a page behind them is fetched.
 template <bool FETCH>
-inline void find_sixteen(const HeadPlane& plane, int from, int count, int head_dim, const uint8_t** out) {
+inline void find_sixteen(const HeadPlane& plane, int from, int count, int head_dim, const uint8_t** out,
+                         int64_t* scales = nullptr) {
     const Place first(plane, from);
     const bool one_block = !plane.ring && first.token + count <= plane.block_size;
-    const int64_t size = element_bytes(plane.element), bytes = head_dim * size;
+    const int64_t size = element_bytes(plane.element);
+    const int64_t bytes = plane.element == U4 ? head_dim / 2 : head_dim * size;
     const uint8_t* x = first.x(plane);
+    int64_t scale = first.scale(plane);
     for (int i = 0; i < 16; i++) {
-        if (i && i < count) x = one_block ? x + plane.token_stride * size : Place(plane, from + i).x(plane);
+        if (i && i < count && one_block) {
+            x += plane.token_stride * size, scale += plane.scale_token_stride;
+        } else if (i && i < count) {
+            const Place place(plane, from + i);
+            x = place.x(plane), scale = place.scale(plane);
+        }
         out[i] = x;
-        for (int64_t line = 0; FETCH && i < count && line < bytes; line += 64) prefetch(x + 4096 + line);
+        if (scales) scales[i] = scale;
+        for (int64_t line = 0; FETCH && i < count && line < bytes; line += 64) prefetch(x + AHEAD + line);
     }
 }
 
@@ -214,19 +221,12 @@ inline void read_sixteen(const HeadPlane& plane, int from, int count, int head_d
                          const float** out) {
     if (plane.element == F32)
         return find_sixteen<FETCH>(plane, from, count, head_dim, (const uint8_t**)out);
-    const int64_t bytes = head_dim * element_bytes(plane.element);
-    Place place(plane, from);
-    const bool one_block = !plane.ring && place.token + count <= plane.block_size;
+    const uint8_t* x[16];
+    int64_t scales[16];
+    find_sixteen<FETCH>(plane, from, count, head_dim, x, scales);
     for (int i = 0; i < 16; i++) {
-        if (i >= count) {
-            out[i] = out[count - 1];
-            continue;
-        }
-        if (i && one_block) place.token++;
-        else if (i) place = Place(plane, from + i);
-        for (int64_t line = 0; FETCH && line < bytes; line += 64) prefetch(place.x(plane) + 4096 + line);
-        read_token(plane, place, head_dim, space + i * head_dim);
-        out[i] = space + i * head_dim;
+        out[i] = i < count ? space + i * head_dim : out[count - 1];
+        if (i < count) read_token(plane, x[i], scales[i], head_dim, space + i * head_dim);
     }
 }
 

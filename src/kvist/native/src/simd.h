@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr int AHEAD = 4096;  // bytes to fetch ahead: a page, where hardware prefetchers stop
+
 inline float bits_to_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);

@@ -52,7 +52,7 @@ class Pass {
           rows_(rows), threads_(threads), apart_(rows >= APART_ROWS * threads),
           group_(s.heads / s.kv_heads),
           q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
-          tokens_(placed(rows, threads)), places_(rows), owned_(threads, {0, rows}),
+          tokens_(placed(rows, threads)), places_(rows), owned_(threads, {{0, rows}, {}}),
           dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
         cut_blocks();
         place_rows();
@@ -139,11 +139,12 @@ class Pass {
             constexpr int RUN = 2 * ROW_TILE;  // which matrix units take together
             for (int t = 0, row = 0; t < threads_; t++) {
                 const int first = row = (row + RUN - 1) / RUN * RUN;
+                const int64_t before = (int64_t)blocks_.size();
                 for (Block& block : dealt[t]) {
                     block.row = row, row += block.count;
                     blocks_.push_back(block);
                 }
-                owned_[t] = {first, row};
+                owned_[t] = {{first, row}, {before, (int64_t)blocks_.size()}};
             }
         }
         for (const Block& block : blocks_)
@@ -154,7 +155,7 @@ class Pass {
     }
 
     // The rows that a thread works on: its own, or all with its part of the weights.
-    Share rows_of(int t) const { return owned_[t]; }
+    Share rows_of(int t) const { return owned_[t].rows; }
     // Where threads wait for each other only if they divide the weights.
     void meet(int t) {
         if (!apart_) m.pool.barrier(t);
@@ -175,6 +176,17 @@ class Pass {
             if (begin >= pieces) return;
             work(Share{begin, std::min(begin + run, pieces)});
         }
+    }
+
+    // The same of what threads share only if they divide the weights; else a thread does its own.
+    template <typename Work>
+    void deal(int t, Share own, int64_t pieces, int64_t run, Work work) {
+        if (apart_) work(own);
+        else deal(t, pieces, run, work);
+    }
+    // The same of a matrix times the thread's rows.
+    template <typename Work> void deal_groups(int t, int64_t groups, int64_t run, Work work) {
+        deal(t, {0, groups}, groups, run, work);
     }
 
     float* x(int64_t row) const { return w.x + row * s.hidden; }
@@ -198,12 +210,6 @@ class Pass {
                 to[s.head_dim / 2 + c] = std::sin(angle) * s.rotation_scale;
             }
         }
-    }
-
-    // The same, of a matrix times the thread's rows.
-    template <typename Work> void deal_groups(int t, int64_t groups, int64_t run, Work work) {
-        if (apart_) work(Share{0, groups});
-        else deal(t, groups, run, work);
     }
 
     // Rows as a matrix takes them: each thread makes all when they are few, else its own part.
@@ -333,7 +339,8 @@ class Pass {
         const LayerInput& layer = in.layers[l];
         const float scale = 1.f / std::sqrt((float)s.head_dim);
         const bool rotated = layer.key.element >= I8;
-        auto all = [&](Share items) {
+        const Share rows = rows_of(t), own{rows.begin * s.kv_heads, rows.end * s.kv_heads};
+        deal(t, own, (int64_t)rows_ * s.kv_heads, 48, [&](Share items) {
             size_t b = 0;
             for (int64_t i = items.begin; i < items.end; i++) {
                 const int row = (int)(i / s.kv_heads), head = (int)(i % s.kv_heads);
@@ -351,10 +358,7 @@ class Pass {
                 k.store(plane(layer, layer.value, sequence, head), position,
                         value(row) + head * s.head_dim, s.head_dim);
             }
-        };
-        const Share rows = rows_of(t);
-        if (apart_) all({rows.begin * s.kv_heads, rows.end * s.kv_heads});
-        else deal(t, rows.end * s.kv_heads, 48, all);
+        });
     }
 
     // Spans of a block: those that hold sinks, then those from the first that a query sees.
@@ -426,7 +430,8 @@ class Pass {
         const LayerInput& layer = in.layers[l];
         if (split_) return attend_spans(layer, t);
         const int64_t base = t * most_of_a_thread();
-        auto all = [&](Share items) {
+        const Share blocks = owned_[t].blocks, own{blocks.begin * s.kv_heads, blocks.end * s.kv_heads};
+        deal(t, own, (int64_t)blocks_.size() * s.kv_heads, 1, [&](Share items) {
             for (int64_t i = items.begin; i < items.end; i++) {
                 const Block& block = blocks_[i / s.kv_heads];
                 const int head = (int)(i % s.kv_heads);
@@ -438,15 +443,7 @@ class Pass {
                           w.attended + (int64_t)(block.row + r) * q_size +
                               head * group_ * s.head_dim);
             }
-        };
-        const int64_t pieces = (int64_t)blocks_.size() * s.kv_heads;
-        if (!apart_) return deal(t, pieces, 1, all);
-        auto starts = [&](int64_t row) {  // the first block from a row on
-            return std::partition_point(blocks_.begin(), blocks_.end(),
-                                        [&](const Block& block) { return block.row < row; }) -
-                   blocks_.begin();
-        };
-        all({starts(rows_of(t).begin) * s.kv_heads, starts(rows_of(t).end) * s.kv_heads});
+        });
     }
 
     // Threads take runs of spans, head by head and block by block.
@@ -507,7 +504,10 @@ class Pass {
     const int group_, q_size, kv_size, ld;
     std::vector<Block> blocks_;  // by their rows
     std::vector<int> tokens_, places_;  // a row's token of the pass, a token's row
-    std::vector<Share> owned_;  // rows of each thread
+    struct Owned {
+        Share rows, blocks;
+    };
+    std::vector<Owned> owned_;  // of each thread; blocks only where rows are divided
     std::vector<int64_t> begins_;  // of each block's parts, where they are dealt out
     int64_t logits_begin_, logits_end_;
     bool split_;
