@@ -151,7 +151,7 @@ def bench_decode(kind: str, batch: int = 64, context: int = 8192, block_size: in
         variants = [(t, splits_for(batch)) for t in (wide if model == "0.6b" else good)]
         for tuning, splits in variants:
             out = torch.full_like(q, torch.nan)
-            work = Workspace.make(batch, heads, dim, splits.most(context), q.device)
+            work = Workspace.make(pages, heads, splits.most(context))
             work.partial.fill_(torch.nan)
 
             def call(t: Any = tuning, s: Any = splits, w: Any = work, o: Any = out) -> None:
@@ -204,7 +204,7 @@ def bench_compiled(kind: str, block_size: int = 32) -> None:
             q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
             out = torch.full_like(q, torch.nan)
             splits = splits_for(batch)
-            work = Workspace.make(batch, heads, dim, most_splits(pages, lengths, splits), q.device)
+            work = Workspace.make(pages, heads, most_splits(pages, lengths, splits))
             calls: dict[str, Callable[[], None]] = {
                 "Triton": lambda: decode(q, pages, out, work, dim**-0.5, ragged=False)
             }
@@ -252,7 +252,7 @@ def bench_short(kind: str, block_size: int = 32) -> None:
     pages = Pages(keys, values, AttentionSpec(kv_heads, dim), block_size, order, lens, starts)
     for splits in (Splits(), Splits(128), Splits(256), Splits(512)):
         # As a recording for contexts of up to 4,096 tokens has it.
-        work = Workspace.make(batch, heads, dim, splits.most(4096), q.device)
+        work = Workspace.make(pages, heads, splits.most(4096))
         for warps in (4096, 8192, 16384, 1 << 22):
             launch.WARPS = warps
 

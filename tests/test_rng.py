@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvist.core.rng import Purpose, fresh_seed, uniform
+from kvist.core.rng import Purpose, fresh_seed, sample_key, uniform, uniform_at
 from slow_sampler import chi_square, chi_square_limit
 
 # A seed that someone wrote down must give the same text in every later version.
@@ -27,7 +27,9 @@ DRAWS = 20_000
 
 @pytest.mark.parametrize("place", GOLDEN, ids=str)
 def test_seeds_keep_their_meaning(place: tuple[int, int, int, Purpose]) -> None:
+    seed, sample, position, purpose = place
     assert uniform(*place) == GOLDEN[place]
+    assert uniform_at(sample_key(seed, sample), position, purpose) == GOLDEN[place]
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ class Engine:
             encode=None if model.vision is None else self._encode,
             mask_of=self._mask_of,
         )
+        self.runner.prepare()
         self._under_way: deque[tuple[Plan, Ticket, float, float]] = deque()
 
     def add(self, request: Request) -> None:

@@ -2,7 +2,7 @@
 
 memcheck finds accesses out of bounds, racecheck hazards in shared memory. Each looks at the step in
 one launch, by a model of one layer, and at the kernels' tests of small shapes; only kvist's own
-kernels are watched. About two minutes on an H200. Not collected by pytest.
+kernels are watched. About four minutes on an H200. Not collected by pytest.
 """
 
 import argparse
@@ -18,9 +18,28 @@ TOOLS = ("memcheck", "racecheck")
 # What is run, the kernels to watch in it, and its share of the time in seconds.
 PARTS = {
     "one-launch": ("decode_step", 60),
-    "triton": ("_kernel", 60),
+    "decode": ("decode_kernel", 120),
+    "triton": ("_kernel", 120),
 }
-TESTS = ("test_elementwise.py", "test_linear.py", "test_encode.py", "test_sampling.py")
+TESTS = {
+    "decode": [
+        "test_paged_attention.py",
+        "-k",
+        "compiled and 16-16",
+    ],
+    "triton": [
+        "test_elementwise.py",
+        "test_linear.py",
+        "test_encode.py",
+        "test_sampling.py",
+        "test_logprobs.py",
+        "test_paged_attention.py",
+        "-k",
+        "not compiled",
+    ],
+}
+# racecheck ends with an internal error of its own where fp8 is converted; memcheck does not.
+NOT_FOR = {"racecheck": "many_rows and not fp8"}
 
 
 def one_launch() -> None:
@@ -45,21 +64,29 @@ def one_launch() -> None:
     assert (ours - theirs).abs().max() < 0.05 * theirs.std()
 
 
-def triton() -> None:
+def tests_of(part: str, without: str) -> None:
     """The tests of single kernels."""
     import pytest
 
-    sys.exit(pytest.main(["-q", "-x", *(str(HERE / name) for name in TESTS)]))
+    chosen = [str(HERE / word) if word.endswith(".py") else word for word in TESTS[part]]
+    if without:
+        chosen[-1] += f" and not {without}"
+    sys.exit(pytest.main(["-q", "-x", "-n0", *chosen]))
 
 
 def main() -> None:
     """Run every tool on every part; end with 1 if one found something."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, help="run this alone, unwatched")
+    parser.add_argument("--without", default="", help="tests to leave out of it")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to watch")
     options = parser.parse_args()
     if options.part:
-        return one_launch() if options.part == "one-launch" else triton()
+        return (
+            one_launch()
+            if options.part == "one-launch"
+            else tests_of(options.part, options.without)
+        )
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     worst = 0
     for tool in TOOLS:
@@ -67,8 +94,12 @@ def main() -> None:
             kernels, limit = PARTS[part]
             began = time.time()
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9",
+                       *(["--report-api-errors", "no"] if tool == "memcheck" else []),
                        "--kernel-name", f"kernel_substring={kernels}",
-                       sys.executable, __file__, "--part", part]  # fmt: skip
+                       "--kernel-name-exclude", "kernel_substring=at::",
+                       "--kernel-name-exclude", "kernel_substring=cublas",
+                       sys.executable, __file__, "--part", part,
+                       "--without", NOT_FOR.get(tool, "")]  # fmt: skip
             try:
                 done = subprocess.run(
                     command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit
@@ -79,7 +110,8 @@ def main() -> None:
             summary = [line for line in output.splitlines() if "SUMMARY" in line]
             print(f"{tool:9} {part:10} exit {code:3} {time.time() - began:5.0f} s ", *summary)
             if code:
-                print(output[-3000:])
+                found = [line for line in output.splitlines() if line.startswith("=========")]
+                print(*found[:60], output[-1000:], sep="\n")
             worst = max(worst, code)
     sys.exit(worst > 0)
 

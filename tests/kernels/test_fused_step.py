@@ -8,6 +8,7 @@ from kvist.cache import Batch, make_codec
 from kvist.cache.dense import DynamicCache
 from kvist.cache.paged_cache import PagedCache
 from kvist.errors import NotSupported
+from kvist.kernels import elementwise, linear
 from kvist.kernels.fp8 import Fp8Weight
 from kvist.models.decoder import Decoder
 from kvist.models.fp8 import Fp8Linear, use_fp8
@@ -87,6 +88,28 @@ def test_fused_step_gives_the_models_logits(family, prompts, device):
     ours = run(FusedStep(model), paged(model, len(prompts), device), prompts, device, "triton")
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("logits", ["last", [2, 40], "none"], ids=["last", "some", "none"])
+def test_the_last_layer_computes_only_rows_with_logits(logits, device, monkeypatch):
+    model = tiny(device, **SLIDING)
+    whole = Batch.pack(PROMPTS, [0] * 3, logits="all", device=device)
+    expected = FusedStep(model)(whole, paged(model, 3, device).bind(whole, backend="triton"))
+    batch = Batch.pack(PROMPTS, [0] * 3, logits=logits, device=device)
+    rows = []
+    silu = elementwise.silu_mul
+
+    def noted(x: Tensor) -> Tensor:
+        rows.append(len(x))
+        return silu(x)
+
+    monkeypatch.setattr(elementwise, "silu_mul", noted)
+    monkeypatch.setattr(linear, "MOST_ROWS", 1)  # all products by torch, and SwiGLU apart
+    monkeypatch.setattr(linear, "SMALL", 0)
+    ours = FusedStep(model)(batch, paged(model, 3, device).bind(batch, backend="triton"))
+    assert rows == [52, len(batch.logit_rows)][: 1 + bool(len(batch.logit_rows))]
+    if len(ours):
+        assert (ours - expected[batch.logit_rows]).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three rows", "one row"])

@@ -20,13 +20,14 @@ from kvist.core.plan import PlanRow
 from kvist.engine import Engine, EngineConfig
 from kvist.errors import NotSupported
 from kvist.kernels.cuda import build, one_launch
-from kvist.kernels.cuda.one_launch import Layer, Library, Shape, Step
+from kvist.kernels.cuda.one_launch import LONGEST, Layer, Library, Shape, Step
 from kvist.llm import LLM
 from kvist.loading.model import Model
 from kvist.models.decoder import Decoder
+from kvist.models.registry import family_of
 from kvist.runner.fused import FusedStep
-from kvist.runner.graphs import DecodeGraphs, _Recording
-from kvist.runner.one_launch import OneLaunchStep
+from kvist.runner.graphs import CONTEXTS, DecodeGraphs, _Recording
+from kvist.runner.one_launch import OneLaunchStep, longest_of
 from kvist.runner.step import model_step
 
 QWEN3_06B = Shape(1024, 16, 8, 128, 3072, qk_norm=True)
@@ -123,6 +124,34 @@ def test_a_recording_serves_the_variant_that_it_was_made_of(device, monkeypatch)
     monkeypatch.setattr(step, "variant", lambda rows, context: "one-launch")
     graphs.run([row], "greedy")
     assert recorded == ["fused", "one-launch"]
+
+
+def test_a_recording_ends_where_something_else_computes_longer_contexts(device, monkeypatch):
+    lm = tiny(device, **SMALL)
+    step = FusedStep(lm)
+    cache = PagedCache(lm.specs, make_codec("plain", torch.float32), rows=1, device=device)
+    cache.pool.reserve([4], 1, 4, 8)
+    graphs = DecodeGraphs(step, cache.pool, torch.zeros(2, dtype=torch.int64, device=device))
+    recorded = []
+
+    def record(bucket: int, context: int, kind: str) -> _Recording:
+        recorded.append(context)
+        return _Recording(lambda: None, torch.zeros(1))
+
+    monkeypatch.setattr(graphs, "_record", record)
+    monkeypatch.setattr(step, "limits", lambda rows: (24,))
+    for start in (3, 22, 23, 24, 30):
+        graphs.run([PlanRow(slot=0, tokens=(5,), start=start, sample=True)], "greedy")
+    assert recorded == [24, CONTEXTS[0]]
+
+
+@pytest.mark.parametrize(("hidden", "longest"), [(1024, 1024), (2560, LONGEST), (4096, 0)])
+def test_one_launch_is_taken_where_it_was_measured_to_be_faster(hidden, longest):
+    config = SMALL | {"hidden_size": hidden}
+    family = family_of(config)
+    with torch.device("meta"):
+        model = family.build(family.read(config))
+    assert longest_of(model) == longest
 
 
 def test_structures_are_laid_out_as_in_c():

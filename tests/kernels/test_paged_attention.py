@@ -91,6 +91,18 @@ def difference(binding: PagedBinding, heads: int, head_dim: int, dtype: torch.dt
     return float((ours - theirs).abs().max() / theirs.std())
 
 
+def furthest(binding: PagedBinding, heads: int) -> float:
+    """The largest difference of any head's output, as a part of that output's largest number.
+
+    Both are rounded to bfloat16, which alone makes up to 0.008.
+    """
+    device = binding.kv_lens.device
+    q = torch.randn(binding.batch.num_tokens, heads, 128, device=device).bfloat16()
+    ours = attention(binding, q, "triton").double()
+    theirs = attention(binding, q, "reference").double()
+    return float(((ours - theirs).abs().amax(-1) / theirs.abs().amax(-1)).max())
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -165,7 +177,7 @@ def test_the_compiled_kernel_equals_the_reference(name, heads, block_size, devic
         block_size,
     )
     compiled._load.cache_clear()
-    assert difference(binding, heads, 128, torch.bfloat16) < 5e-2
+    assert furthest(binding, heads) < 4e-2
     assert compiled._load.cache_info().misses == 1, "it was not asked"
     ragged = bound(
         make_codec(name, torch.bfloat16),
@@ -176,7 +188,7 @@ def test_the_compiled_kernel_equals_the_reference(name, heads, block_size, devic
         torch.bfloat16,
         block_size,
     )
-    assert difference(ragged, heads, 128, torch.bfloat16) < 5e-2
+    assert furthest(ragged, heads) < 4e-2
 
 
 def test_a_sequence_has_the_same_bits_with_and_without_neighbours(device):

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,12 +28,22 @@ def int_tensor(
     values: Sequence[int], device: str | torch.device, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """`[len(values)]` on the device, without waiting for a GPU to take them over."""
-    # Through an array: several times as fast as torch reads a list.
-    packed = array(_CODES[dtype], values)
-    made = torch.frombuffer(packed, dtype=dtype) if packed else torch.empty(0, dtype=dtype)
+    made = _on_host(values, dtype)
     if torch.device(device).type == "cuda":
         return made.pin_memory().to(device, non_blocking=True)
     return made.to(device)
+
+
+def fill_ints(target: Tensor, values: Sequence[int]) -> None:
+    """Write all of an int64 or int32 tensor, without waiting for a GPU to take them over."""
+    made = _on_host(values, target.dtype).view(target.shape)
+    target.copy_(made.pin_memory() if target.device.type == "cuda" else made, non_blocking=True)
+
+
+def _on_host(values: Sequence[int], dtype: torch.dtype) -> Tensor:
+    # Through an array: several times as fast as torch reads a list.
+    packed = array(_CODES[dtype], values)
+    return torch.frombuffer(packed, dtype=dtype) if packed else torch.empty(0, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Batch:
         slots: the storage row of each sequence (dense layouts: `0 .. B-1`).
         embeddings: `[N, hidden]` instead of the ids' own embeddings (images, soft prompts).
         rope_positions: `[N]` or `[axes, N]` where rotation does not follow `positions`.
+        lasts_only: whether `logit_rows` are known to be the last of every sequence, in order.
+        owners: `sequence_index`, where it is known already.
     """
 
     token_ids: Tensor
@@ -58,6 +71,8 @@ class Batch:
     slots: tuple[int, ...]
     embeddings: Tensor | None = None
     rope_positions: Tensor | None = None
+    lasts_only: bool = False
+    owners: Tensor | None = None
 
     @classmethod
     def pack(
@@ -79,25 +94,52 @@ class Batch:
             slots: storage rows; `0 .. B-1` unless given.
         """
         query_lens = tuple(len(t) for t in tokens)
-        # New tokens of sequence b take the positions [cached[b], cached[b] + query_lens[b]).
-        positions, flat = array("q"), array("q")
-        for new, c in zip(tokens, cached, strict=True):
-            positions.extend(range(c, c + len(new)))
-            flat.extend(new)
+        kv_lens = tuple(c + n for c, n in zip(cached, query_lens, strict=True))
         ends = list(accumulate(query_lens))
-        if logits == "last":
-            rows = [end - 1 for end, n in zip(ends, query_lens, strict=True) if n]
-        elif isinstance(logits, str):
-            rows = list(range(len(positions))) if logits == "all" else []
+        total = ends[-1] if ends else 0
+        flat = array("q")
+        for new in tokens:
+            flat += array("q", new)
+        # New tokens of sequence b take the positions [cached[b], cached[b] + query_lens[b]).
+        owners = np.repeat(np.arange(len(ends)), np.array(query_lens, np.int64))
+        shifts = np.array([kv - end for kv, end in zip(kv_lens, ends, strict=True)], np.int64)
+        flat.frombytes((np.arange(total) + shifts[owners]).tobytes())
+        flat.frombytes(owners.tobytes())
+        lasts = [end - 1 for end, n in zip(ends, query_lens, strict=True) if n]
+        if isinstance(logits, str):
+            every = range(total)
+            rows: Sequence[int] = {"last": lasts, "all": every, "none": ()}[logits]
         else:
             rows = list(logits)
+        flat.extend(rows)
+        # All of it in one copy to the device.
+        ids, positions, index, chosen = int_tensor(flat, device).split([total] * 3 + [len(rows)])
         return cls(
-            token_ids=int_tensor(flat, device),
-            positions=int_tensor(positions, device),
+            token_ids=ids,
+            positions=positions,
             query_lens=query_lens,
-            kv_lens=tuple(c + n for c, n in zip(cached, query_lens, strict=True)),
-            logit_rows=int_tensor(rows, device),
+            kv_lens=kv_lens,
+            logit_rows=chosen,
             slots=tuple(range(len(query_lens)) if slots is None else slots),
+            lasts_only=len(lasts) == len(query_lens) and lasts == list(rows),
+            owners=index,
+        )
+
+    def last_tokens(self) -> "Batch":
+        """The step as its last tokens alone see it. Every sequence has new ones."""
+        device, count = self.token_ids.device, self.num_sequences
+        lasts = (
+            self.logit_rows
+            if self.lasts_only
+            else int_tensor([end - 1 for _, end in self.query_spans], device)
+        )
+        return Batch(
+            token_ids=self.token_ids[lasts],
+            positions=self.positions[lasts],
+            query_lens=(1,) * count,
+            kv_lens=self.kv_lens,
+            logit_rows=torch.arange(count, device=device),
+            slots=self.slots,
         )
 
     @property
@@ -128,6 +170,8 @@ class Batch:
     @cached_property
     def sequence_index(self) -> Tensor:
         """`[N]` int64, which sequence each packed row belongs to."""
+        if self.owners is not None:
+            return self.owners
         lens = int_tensor(self.query_lens, self.positions.device)
         return torch.repeat_interleave(
             torch.arange(len(self.query_lens), device=lens.device),

@@ -50,9 +50,9 @@ class BlockTables:
                 entries.update(zip(range(start, start + len(blocks)), blocks, strict=True))
         if entries:
             table = self.device_table
-            places = int_tensor(list(entries), table.device)
-            values = int_tensor(list(entries.values()), table.device, torch.int32)
-            table.view(-1).index_put_((places,), values)
+            both = int_tensor([*entries, *entries.values()], table.device)
+            places, values = both.split(len(entries))
+            table.view(-1).index_put_((places,), values.int())
 
     def clear(self, slots: Iterable[int]) -> None:
         """Make all entries of some slots null, before other sequences take them."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from kvist.cache.batch import Batch, int_tensor
+from kvist.cache.batch import Batch, fill_ints
 from kvist.cache.block_pool import BlockPool
 from kvist.cache.block_tables import BlockTables
 from kvist.cache.groups import group_layers
@@ -134,9 +134,7 @@ class PagedPool:
         padding = [0] * (self.max_slots - count)
         rows = [*batch.slots, 0, *padding, *batch.kv_lens, 0, *padding]
         rows += [*starts, batch.num_tokens, *padding]
-        self._per_sequence.copy_(
-            int_tensor(rows, self.device, torch.int32).view(self._per_sequence.shape)
-        )
+        fill_ints(self._per_sequence, rows)
         slots = self._per_sequence[0, :count]
         views = tuple(
             GroupView(

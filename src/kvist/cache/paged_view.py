@@ -53,6 +53,17 @@ class PagedBinding:
         self.written.add(layer_idx)
         return PagedKV(self, view, layer_idx)
 
+    def last_tokens(self) -> "PagedBinding":
+        """What the step's last tokens alone see, behind all that it writes.
+
+        For kernels that read planes and tables in place.
+        """
+        batch = self.batch.last_tokens()
+        starts = torch.arange(
+            batch.num_sequences + 1, dtype=torch.int32, device=self.query_starts.device
+        )
+        return PagedBinding(self._group_of, batch, self.backend, self.views, self.kv_lens, starts)
+
     def put(self, layer_idx: int, planes: Mapping[Side, Planes]) -> None:
         """Write what is encoded already, each plane `[N, kv_heads, ...]`; see `update`."""
         view = self._view(layer_idx)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from kvist.core.params import ResolvedParams
-from kvist.core.rng import Purpose, uniform
+from kvist.core.rng import Purpose, sample_key, uniform_at
 
 FinishReason = Literal["stop", "length"]
 """How a sequence ends by itself: a token that ends it, or its limit of new tokens."""
@@ -27,7 +27,7 @@ class Sequence:
         sample_index: which of the request's n samples this is; part of every random draw.
     """
 
-    __slots__ = ("_ending_ids", "output_ids", "params", "prompt_ids", "sample_index")
+    __slots__ = ("_ending_ids", "_key", "output_ids", "params", "prompt_ids", "sample_index")
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Sequence:
         self.output_ids: list[int] = []
         self.params = params
         self.sample_index = sample_index
+        self._key = sample_key(params.seed, sample_index)
         stops = frozenset(params.stop_token_ids)
         self._ending_ids = stops if params.ignore_eos else stops | eos_token_ids
 
@@ -73,5 +74,4 @@ class Sequence:
 
         `ahead` > 0 asks for a later position: tokens that are sampled but not read yet, or drafted.
         """
-        position = len(self.output_ids) + ahead
-        return uniform(self.params.seed, self.sample_index, position, purpose)
+        return uniform_at(self._key, len(self.output_ids) + ahead, purpose)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from math import gcd
 
 import torch
-import triton
 from torch import Tensor
 
 from kvist.kernels.elementwise_kernels import norm_kernel, rotary_kernel, silu_mul_kernel
+from kvist.kernels.jit import cdiv, next_power_of_2
 
 FEW, MANY = 32, 512  # tokens
 INT8 = 2  # a number format of `encode_kernels`
@@ -38,7 +38,7 @@ def rms_norm(
         dependent: programmatic dependent launch.
     """
     rows, size = x.shape
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     norm_kernel[(rows,)](
         x,
         x if delta is None else delta,
@@ -156,5 +156,5 @@ def silu_mul(x: Tensor) -> Tensor:
     """`[N, 2 * size]`, gates first -> silu(gate) * up `[N, size]`."""
     rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    silu_mul_kernel[(triton.cdiv(size, 1024), rows)](x, out, size, BLOCK=1024, num_warps=4)
+    silu_mul_kernel[(cdiv(size, 1024), rows)](x, out, size, BLOCK=1024, num_warps=4)
     return out

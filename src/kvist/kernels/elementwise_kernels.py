@@ -5,13 +5,13 @@
 All arithmetic is float32, whatever the tensors' dtype. Launched by elementwise.py.
 """
 
-import triton
 import triton.language as tl
 
 from kvist.kernels.encode_kernels import INT8, rotate_halves, store_encoded
+from kvist.kernels.jit import kernel
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def norm_kernel(
     x_ptr,
     delta_ptr,
@@ -42,7 +42,7 @@ def norm_kernel(
     tl.store(out_ptr + row * size + i, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@kernel()
 def rotary_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -149,7 +149,7 @@ def rotary_kernel(
             )
 
 
-@triton.jit
+@kernel()
 def silu_mul_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     """One (run of channels, row): silu(gate) * up, gates first in a row of x."""
     row = tl.program_id(1).to(tl.int64)

@@ -6,13 +6,13 @@ Weights are widened in registers, as the left operand of the tensor cores, which
 there; so a tile of the result lies on its side until it is stored.
 """
 
-import triton
 import triton.language as tl
 
+from kvist.kernels.jit import kernel
 from kvist.kernels.linear_kernels import SILU
 
 
-@triton.jit
+@kernel()
 def gemm_fp8_kernel(
     x_ptr,
     w_ptr,
@@ -69,7 +69,7 @@ def gemm_fp8_kernel(
     tl.store(out, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def widen_kernel(values_ptr, scale_ptr, out_ptr, K, BLOCK_K: tl.constexpr):
     """A part of one row of weights, times its scale."""
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +79,7 @@ def widen_kernel(values_ptr, scale_ptr, out_ptr, K, BLOCK_K: tl.constexpr):
     tl.store(out_ptr + row * K + k, wide.to(out_ptr.dtype.element_ty), mask=k < K)
 
 
-@triton.jit
+@kernel()
 def quantize_kernel(x_ptr, values_ptr, scale_ptr, K, BLOCK_K: tl.constexpr):
     """One row: its largest magnitude becomes 448, the largest of e4m3."""
     row = tl.program_id(0).to(tl.int64)

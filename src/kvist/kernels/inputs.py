@@ -6,11 +6,12 @@ A kernel of its own, so that a whole step from the host's numbers to the sampled
 recording. Called by the runner's graphs. Imports Triton.
 """
 
-import triton
 import triton.language as tl
 
+from kvist.kernels.jit import kernel
 
-@triton.jit
+
+@kernel()
 def place_kernel(
     upload_ptr,
     last_ptr,

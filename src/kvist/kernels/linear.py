@@ -7,7 +7,6 @@ fp8, and are multiplied by their scales in the epilogue. Imports Triton.
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,12 +14,14 @@ from kvist.kernels import fp8
 from kvist.kernels.elementwise import dependent_launch
 from kvist.kernels.fp8 import Fp8Weight, Weight
 from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel, widen_kernel
+from kvist.kernels.jit import cdiv, next_power_of_2
 from kvist.kernels.linear_kernels import ADD, SILU, STORE, gemm_kernel, gemv_kernel
 
 MOST_ROWS = 64
 # What adds to the residual stream, and SwiGLU, are fused into products of more rows where weights
 # are few enough for cuBLAS not to gain more by its tiles.
 MOST_ROWS_SMALL, SMALL = 256, 1 << 23
+MOST_ROWS_DEEP, DEEP = 192, 8192  # and of those that sum so much, which programs can share
 MOST_ROWS_FP8 = 256  # behind which it costs less to widen the weights first
 
 
@@ -54,8 +55,10 @@ def most_rows(w: Weight, dtype: torch.dtype, *, fused: bool = False) -> int:
     `fused` is one that has parts for the residual stream or SwiGLU as its result.
     """
     if isinstance(w, Tensor):
-        small = fused and w.numel() <= SMALL and dtype != torch.float32
-        return MOST_ROWS_SMALL if small else MOST_ROWS
+        if not fused or dtype == torch.float32:
+            return MOST_ROWS
+        deep = MOST_ROWS_DEEP if w.shape[1] >= DEEP else MOST_ROWS
+        return MOST_ROWS_SMALL if w.numel() <= SMALL else deep
     whole = w.rounds_activations or dtype == torch.float32
     return MOST_ROWS if whole else MOST_ROWS_FP8
 
@@ -78,8 +81,8 @@ def widen(w: Fp8Weight, dtype: torch.dtype) -> Tensor:
     """`Fp8Weight.dequantize` in one launch."""
     n, k = w.shape
     out = torch.empty(n, k, dtype=dtype, device=w.values.device)
-    block = min(4096, triton.next_power_of_2(k))
-    widen_kernel[(n, triton.cdiv(k, block))](w.values, w.scale, out, k, BLOCK_K=block, num_warps=4)
+    block = min(4096, next_power_of_2(k))
+    widen_kernel[(n, cdiv(k, block))](w.values, w.scale, out, k, BLOCK_K=block, num_warps=4)
     return out
 
 
@@ -88,7 +91,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, k = x.shape
     values = torch.empty(rows, k, dtype=fp8.FP8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    block = next_power_of_2(k)
     quantize_kernel[(rows,)](
         x, values, scale, k, BLOCK_K=block, num_warps=min(16, max(1, block // 512))
     )
@@ -119,10 +122,10 @@ def gemv(
         dependent: programmatic dependent launch.
     """
     tuning = tuning or GemvTuning()
-    kinds = {"store": STORE, "add": ADD, "silu": SILU}
+    kinds = {"store": STORE.value, "add": ADD.value, "silu": SILU.value}
     n, k = out.shape[-1], x.shape[-1]
     values, scale = (w.values, w.scale) if isinstance(w, Fp8Weight) else (w, x)
-    gemv_kernel[(triton.cdiv(n, tuning.rows),)](
+    gemv_kernel[(cdiv(n, tuning.rows),)](
         x,
         x if norm is None else norm,
         values,
@@ -132,7 +135,7 @@ def gemv(
         N=n,
         K=k,
         ROWS=tuning.rows,
-        BLOCK_K=min(tuning.block_k, triton.next_power_of_2(k)),
+        BLOCK_K=min(tuning.block_k, next_power_of_2(k)),
         NORM=norm is not None,
         SCALED=isinstance(w, Fp8Weight),
         EPILOGUE=kinds[epilogue],
@@ -163,15 +166,15 @@ def gemm(
     """
     tuning = tuning or GemmTuning()
     (m, k), n = x.shape, out.shape[-1]
-    block_m = min(tuning.block_m, max(16, triton.next_power_of_2(m)))
+    block_m = min(tuning.block_m, max(16, next_power_of_2(m)))
     constants: dict[str, int] = {
         "N": n,
         "K": k,
         "SPLITS": tuning.splits,
         "BLOCK_M": block_m,
         "BLOCK_N": tuning.block_n,
-        "BLOCK_K": min(tuning.block_k, max(16, triton.next_power_of_2(k))),
-        "EPILOGUE": SILU if silu else STORE,
+        "BLOCK_K": min(tuning.block_k, max(16, next_power_of_2(k))),
+        "EPILOGUE": SILU.value if silu else STORE.value,
         "DEPENDENT": dependent,
         "num_warps": tuning.warps,
         "num_stages": tuning.stages,
@@ -181,7 +184,7 @@ def gemm(
         # No tensor cores: the compiler writes each product out.
         narrow = {"BLOCK_N": 32, "BLOCK_K": 64}
         constants |= {name: min(constants[name], most) for name, most in narrow.items()}
-    grid = triton.cdiv(m, block_m), triton.cdiv(n, constants["BLOCK_N"]), tuning.splits
+    grid = cdiv(m, block_m), cdiv(n, constants["BLOCK_N"]), tuning.splits
     if isinstance(w, Fp8Weight):
         gemm_fp8_kernel[grid](x, w.values, w.scale, out, m, **constants)
     else:

@@ -6,15 +6,16 @@ The norm before a product is its prologue, what follows (SwiGLU, the residual su
 Weights are `[N, K]` as torch keeps them. Launched by linear.py.
 """
 
-import triton
 import triton.language as tl
+
+from kvist.kernels.jit import kernel
 
 STORE = tl.constexpr(0)  # out = x w^T
 ADD = tl.constexpr(1)  # out += x w^T
 SILU = tl.constexpr(2)  # out = silu(x gate^T) * (x up^T); w is gate's rows, then up's
 
 
-@triton.jit
+@kernel()
 def gemv_kernel(
     x_ptr,
     norm_ptr,
@@ -82,7 +83,7 @@ def gemv_kernel(
     tl.store(out_ptr + rows, result.to(out_ptr.dtype.element_ty), mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr,
     w_ptr,

@@ -6,13 +6,13 @@ The first reads a row of logits in chunks and keeps of each its largest, its sum
 its likeliest tokens; the second puts a row's chunks together. Launched by logprobs.py.
 """
 
-import triton
 import triton.language as tl
 
+from kvist.kernels.jit import kernel
 from kvist.kernels.sampling_kernels import load_logits
 
 
-@triton.jit
+@kernel()
 def chunk_kernel(
     logits_ptr,
     rows_ptr,
@@ -49,7 +49,7 @@ def chunk_kernel(
         x = tl.where(i == found, -float("inf"), x)
 
 
-@triton.jit
+@kernel()
 def row_kernel(
     logits_ptr,
     rows_ptr,

@@ -6,9 +6,9 @@ The same numbers as `runner.sampler.logprobs_later`, which is their reference. I
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from kvist.kernels.jit import cdiv, next_power_of_2
 from kvist.kernels.logprob_kernels import chunk_kernel, row_kernel
 
 CHUNK = 4096  # tokens of a program
@@ -43,7 +43,7 @@ def logprobs(
         chunk: tokens that a program reads, a power of two.
     """
     vocab, count, device = logits.shape[-1], len(tokens), logits.device
-    chunks = triton.cdiv(vocab, chunk)
+    chunks = cdiv(vocab, chunk)
     peaks, sums = (torch.empty(count, chunks, dtype=torch.float32, device=device) for _ in "ab")
     above = torch.empty(count, chunks, dtype=torch.int32, device=device)
     values = torch.empty(count, chunks, top, dtype=torch.float32, device=device)
@@ -72,8 +72,8 @@ def logprobs(
         vocab,
         chunks,
         top,
-        CHUNKS=triton.next_power_of_2(chunks),
-        CANDIDATES=triton.next_power_of_2(max(1, chunks * top)),
+        CHUNKS=next_power_of_2(chunks),
+        CANDIDATES=next_power_of_2(max(1, chunks * top)),
         num_warps=4,
     )
     return found

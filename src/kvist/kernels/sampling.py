@@ -4,9 +4,9 @@ The same thresholds, order and draws as `runner.sampler`, which is their referen
 """
 
 import torch
-import triton
 from torch import Tensor
 
+from kvist.kernels.jit import cdiv, next_power_of_2
 from kvist.kernels.sampling_kernels import BINS, choose_kernel, peak_kernel, weight_kernel
 
 CHUNK = 4096  # tokens of a program; the packed sums of a bin allow no more
@@ -36,7 +36,7 @@ def sample(
         chunk: tokens that a program reads, a power of two.
     """
     rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, chunk)
+    chunks = cdiv(vocab, chunk)
     device = logits.device
     peaks = torch.empty(rows, chunks, dtype=torch.float32, device=device)
     places = torch.empty(rows, chunks, dtype=torch.int32, device=device)
@@ -47,7 +47,7 @@ def sample(
         bins = torch.empty(rows, chunks, BINS.value, dtype=torch.int64, device=device)
         found = torch.empty(rows, vocab, dtype=torch.float32, device=device)
     peak_kernel[(chunks, rows)](logits, peaks, places, vocab, CHUNK=chunk, num_warps=4)
-    width = triton.next_power_of_2(chunks)
+    width = next_power_of_2(chunks)
     if params is not None:
         weight_kernel[(chunks, rows)](
             logits,

@@ -11,6 +11,8 @@ the tokens of one bin. Launched by sampling.py.
 import triton
 import triton.language as tl
 
+from kvist.kernels.jit import kernel
+
 BINS = tl.constexpr(32)
 UNIT = tl.constexpr(1 << 36)
 # A bin's sum in one chunk of up to 4,096 tokens holds its weights below this bit, its count above.
@@ -45,7 +47,7 @@ def order_of(x):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
-@triton.jit
+@kernel()
 def peak_kernel(logits_ptr, peaks_ptr, places_ptr, VOCAB, CHUNK: tl.constexpr):
     """One (chunk, row): its largest logit, NaN if one is, and the first token that has it."""
     chunk = tl.program_id(0)
@@ -60,7 +62,7 @@ def peak_kernel(logits_ptr, peaks_ptr, places_ptr, VOCAB, CHUNK: tl.constexpr):
     tl.store(places_ptr + at, place)
 
 
-@triton.jit
+@kernel()
 def weight_kernel(
     logits_ptr,
     params_ptr,
@@ -233,7 +235,7 @@ def _threshold(
     return floor
 
 
-@triton.jit
+@kernel()
 def choose_kernel(
     logits_ptr,
     params_ptr,

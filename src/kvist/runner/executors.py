@@ -56,7 +56,7 @@ def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> 
         name: "auto" takes the fastest that can run here; "reference" is the model's own forward,
             "native" the compiled library on a CPU, "fused" kernels and graphs on a GPU,
             "one-launch" those, with decode steps of one sequence in one launch as soon as that is
-            compiled,
+            compiled, in any context that it fits ("auto": where it was measured to be faster),
             "deterministic" gives each token the same bits in any batch and chunk.
         model: whose weights.
         pool: the paged pool that all batches will be bound to; None for other caches.
@@ -72,6 +72,11 @@ def choose_step(name: str, model: Executable, pool: PagedPool | None = None) -> 
     if model.native is not None:
         return _WithFallback(model.native, model)
     if model.device.type == "cuda" and pool is not None:
+        from kvist.runner.one_launch import OneLaunchStep, longest_of
+
+        if longest := longest_of(model.lm):
+            with suppress(NotSupported):  # a shape, a cache or a GPU that it was not written for
+                return OneLaunchStep(model.lm, pool, longest=longest)
         with suppress(NotSupported):  # biases, experts, or a GPU that kernels do not know
             return _fused(model, pool)
     return model_step(model.lm)

@@ -161,6 +161,10 @@ class FusedStep:
         """
         return "fused"
 
+    def limits(self, rows: int) -> tuple[int, ...]:
+        """Contexts behind which something else computes a decode step of `rows` sequences."""
+        return ()
+
     def raw(self, batch: Batch, cache: KVCache) -> Tensor:
         """The logits as the last product leaves them, for who reads any dtype."""
         positions = batch.positions if batch.rope_positions is None else batch.rope_positions
@@ -176,6 +180,14 @@ class FusedStep:
         if batch.num_tokens == 1:
             return self._one_row(embeddings, rotation, cache, batch)
         return self._rows(embeddings, rotation, cache, batch)
+
+    def rehearse(self, batch: Batch, cache: KVCache) -> Tensor:
+        """What a step of this batch starts, in the first layer and one that is the last."""
+        layers, self.layers = self.layers, self.layers[:2]
+        try:
+            return FusedStep.raw(self, batch, cache)
+        finally:
+            self.layers = layers
 
     def _one_row(
         self, embeddings: Tensor, rotation: Rotation, cache: PagedBinding, batch: Batch
@@ -238,9 +250,21 @@ class FusedStep:
         x = embeddings.to(torch.float32, copy=True)
         y = torch.empty_like(embeddings)
         delta: Tensor | None = None
+        rows = batch.logit_rows
+        # Behind the last layer's keys and values nobody reads rows without logits.
+        fewer = len(rows) < batch.num_tokens
         for i, layer in enumerate(self.layers):
             rms_norm(x, layer.input_norm, eps, y, delta, dependent=dependent)
-            out = self._attention(i, product(y, layer.qkv), rotation, cache, dependent)
+            ends = fewer and i == len(self.layers) - 1
+            qkv = product(y, layer.qkv)
+            out = self._attention(
+                i, qkv, rotation, cache, dependent, lasts=ends and batch.lasts_only
+            )
+            if ends:
+                x, y = x.index_select(0, rows), y[: len(rows)]
+                out = out if len(out) == len(rows) else out.index_select(0, rows)
+                if not len(rows):
+                    return torch.empty(0, config.vocab_size, dtype=dtype, device=device)
             delta = product(out, layer.o, residual=True)
             rms_norm(x, layer.mlp_norm, eps, y, delta, dependent=dependent)
             if len(y) <= most_rows(layer.gate_up, dtype, fused=True):
@@ -251,19 +275,27 @@ class FusedStep:
                 act = silu_mul(many_rows(y, layer.gate_up))
             delta = product(act, layer.down, residual=True)
         assert delta is not None
-        rows = batch.logit_rows
-        picked, last = x, delta
-        if rows.shape[0] != batch.num_sequences or batch.num_sequences != batch.num_tokens:
-            picked, last = x.index_select(0, rows), delta.index_select(-2, rows)
-        hidden = torch.empty(rows.shape[0], config.hidden_size, dtype=dtype, device=device)
-        if rows.shape[0]:
-            rms_norm(picked, self.lm.model.norm.weight, eps, hidden, last)
+        if not fewer and batch.num_sequences != batch.num_tokens:  # in an order of their own
+            x, delta = x.index_select(0, rows), delta.index_select(-2, rows)
+        hidden = torch.empty(len(rows), config.hidden_size, dtype=dtype, device=device)
+        if len(rows):
+            rms_norm(x, self.lm.model.norm.weight, eps, hidden, delta)
         return F.linear(hidden, self.lm.lm_head.weight)
 
     def _attention(
-        self, layer_idx: int, qkv: Tensor, rotation: Rotation, cache: PagedBinding, dependent: bool
+        self,
+        layer_idx: int,
+        qkv: Tensor,
+        rotation: Rotation,
+        cache: PagedBinding,
+        dependent: bool,
+        *,
+        lasts: bool = False,
     ) -> Tensor:
-        """Normalise, rotate, write, attend: `[N, heads * head_dim]`."""
+        """Normalise, rotate, write, attend: `[N, heads * head_dim]`.
+
+        With `lasts` only each sequence's last row is asked for: `[B, heads * head_dim]`, or all.
+        """
         from kvist.kernels.elementwise import Target, rotate_and_write
 
         config, layer = self.config, self.layers[layer_idx]
@@ -302,6 +334,9 @@ class FusedStep:
         # In the interpreter only where asked for by name, since that is slow.
         asked = kv.backend == NAME or (kv.backend is None and q.device.type == "cuda")
         if asked and planes.formats and isinstance(kv, PagedKV):
+            if lasts:
+                q = q.index_select(0, cache.batch.logit_rows)
+                kv = PagedKV(cache.last_tokens(), view, layer_idx)
             attended = triton_attention(
                 q, kv, scale, dependent=dependent, encoding=encoding, formats=planes.formats
             )

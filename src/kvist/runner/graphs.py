@@ -126,7 +126,8 @@ class DecodeGraphs:
         """
         count, longest = len(rows), 1 + max(row.start for row in rows)
         bucket = next(b for b in self.buckets if b >= count)
-        context = next((n for n in CONTEXTS if n >= longest), 1 << longest.bit_length())
+        contexts = sorted({*CONTEXTS, *self.step.limits(bucket)})
+        context = next((n for n in contexts if n >= longest), 1 << longest.bit_length())
         key = bucket, context, kind, self.step.variant(bucket, context)
         recording = self._recordings.get(key)
         if recording is None:
@@ -159,6 +160,12 @@ class DecodeGraphs:
             self._copied[self._turn] = event
         self._turn = (self._turn + 1) % _UPLOADS
 
+    def rehearse(self) -> None:
+        """Start the kernels of steps of one sequence, with few layers of the model."""
+        kinds: tuple[Kind, ...] = ("greedy", "drawn")
+        for kind in kinds:
+            self._whole_step(self.buckets[0], CONTEXTS[0], kind, self.step.rehearse)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def _record(self, bucket: int, context: int, kind: Kind) -> _Recording:
@@ -166,34 +173,36 @@ class DecodeGraphs:
         device = self.pool.device
         self._send((), bucket)
         if device.type != "cuda":  # Triton's interpreter: every replay runs it anew
-            out = self._whole_step(bucket, context, kind)
+            out = self._whole_step(bucket, context, kind, self.step.raw)
 
             def again() -> None:
-                out.copy_(self._whole_step(bucket, context, kind))
+                out.copy_(self._whole_step(bucket, context, kind, self.step.raw))
 
             return _Recording(again, out)
         stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._whole_step(bucket, context, kind)
+            self._whole_step(bucket, context, kind, self.step.raw)
             # Not by torch.cuda.graph, which collects garbage and empties caches first.
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
-                out = self._whole_step(bucket, context, kind)
+                out = self._whole_step(bucket, context, kind, self.step.raw)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._memory = graph.pool()
         return _Recording(graph.replay, out)
 
-    def _whole_step(self, bucket: int, context: int, kind: Kind) -> Tensor:
-        """What a recording holds."""
+    def _whole_step(
+        self, bucket: int, context: int, kind: Kind, forward: Callable[[Batch, Any], Tensor]
+    ) -> Tensor:
+        """What a recording holds, the model's part of it by `forward`."""
         from kvist.kernels.inputs import place
         from kvist.kernels.sampling import sample
 
         pool, device = self.pool, self.pool.device
-        ids = torch.empty(bucket, dtype=torch.int64, device=device)
-        positions = torch.empty_like(ids)
+        # Zeros, since a rehearsal places nothing: what it reads must be ids.
+        ids, positions = torch.zeros(2, bucket, dtype=torch.int64, device=device)
         batch = Batch(
             token_ids=ids,
             positions=positions,
@@ -215,9 +224,9 @@ class DecodeGraphs:
                 view.slot_mapping,
                 pool.block_size,
             )
+        logits = forward(batch, binding)
         if kind == "logits":
-            return self.step(batch, binding)
-        logits = self.step.raw(batch, binding)
+            return logits.float()
         out = torch.empty(bucket, dtype=torch.int64, device=device)
         params = None if kind == "greedy" else self._upload[_PARAMS].view(torch.float64)
         sample(

@@ -3,7 +3,7 @@
 The kernel (`kernels/cuda/one_launch.cu`) reads the same weights and the same pages as the fused
 kernels and leaves its logits where they would, so the two take turns freely. It is compiled beside
 serving, when nobody waits for it; until then, and whatever it does not fit, the fused kernels run.
-Made by `executors.py` where it is asked for.
+Made by `executors.py`.
 """
 
 import logging
@@ -37,10 +37,24 @@ ARCH = "sm_90"  # the one that it was measured on
 log = logging.getLogger("kvist")
 
 
+# Of this many channels or fewer, products are so short that 8 warps do them as fast as 16 and leave
+# more registers to each; in longer contexts than this attention then wants the fused kernels.
+SMALL, SMALL_LONGEST = 1024, 1024
+# Of more channels the fused kernels stream weights as fast as memory gives them.
+LARGE = 2560
+
+
+def longest_of(lm: Decoder) -> int:
+    """Up to which context one launch was measured to be the faster; 0 where it was not."""
+    hidden = lm.config.hidden_size
+    return 0 if hidden > LARGE else SMALL_LONGEST if hidden <= SMALL else LONGEST
+
+
 def shape_of(lm: Decoder) -> Shape:
     """What the kernel has to be compiled for."""
     config = lm.config
     return Shape(
+        warps=8 if config.hidden_size <= SMALL else 16,
         hidden=config.hidden_size,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
@@ -57,15 +71,19 @@ class OneLaunchStep(FusedStep):
         lm: a dense decoder without biases in bfloat16, of a shape that the kernel fits.
         pool: the plain bfloat16 pool that batches will be bound to; one group of layers that keep
             all their tokens.
+        longest: context up to which it is taken; at most what the kernel has room for.
         wait: until it is compiled, and refuse where that fails.
 
     Raises:
         NotSupported: the kernel does not fit, for the reason given; use `FusedStep`.
     """
 
-    def __init__(self, lm: Decoder, pool: PagedPool, *, wait: bool = False) -> None:
+    def __init__(
+        self, lm: Decoder, pool: PagedPool, *, longest: int = LONGEST, wait: bool = False
+    ) -> None:
         """Note what the kernel reads, and begin to compile it."""
         super().__init__(lm)
+        self.longest = min(longest, LONGEST)
         self.shape = shape_of(lm)
         reason = (
             self.shape.refusal()
@@ -85,9 +103,13 @@ class OneLaunchStep(FusedStep):
         self._compiler = threading.Thread(target=self._compile, name="kvist nvcc", daemon=True)
         self._compiler.start()
         if wait:
-            self._compiler.join()
-            if not self.ready and self._failure:
+            self.settle()
+            if self._failure:
                 raise self._failure
+
+    def settle(self) -> None:
+        """Wait until it is known what will compute steps from now on."""
+        self._compiler.join()
 
     @property
     def ready(self) -> bool:
@@ -101,8 +123,12 @@ class OneLaunchStep(FusedStep):
 
     def variant(self, rows: int, context: int) -> str:
         """What computes a decode step of so many rows, each of up to so many keys."""
-        one = rows == 1 and context <= LONGEST and self.ready
+        one = rows == 1 and context <= self.longest and self.ready
         return "one-launch" if one else super().variant(rows, context)
+
+    def limits(self, rows: int) -> tuple[int, ...]:
+        """See `FusedStep.limits`."""
+        return (self.longest,) if rows == 1 and self.ready else ()
 
     def raw(self, batch: Batch, cache: KVCache) -> Tensor:
         """See `FusedStep.raw`."""

@@ -28,6 +28,8 @@ from kvist.runner.greedy import finite_rows
 from kvist.runner.sampler import Sampler, logprobs_later, read_later
 from kvist.runner.step import StepFunction, model_step
 
+PROMPTS = (16, 32, 64, 128, 512)  # tokens: one for each kind of product
+
 NOT_FINITE = (
     "the logits are NaN or infinite; the weights may be damaged, or dtype too narrow for this "
     "model: try dtype='float32'"
@@ -85,6 +87,24 @@ class PagedRunner:
             assert isinstance(self.step, FusedStep), "see can_record"
             self._graphs = DecodeGraphs(self.step, pool, self._last, backend=backend)
 
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Compile what first requests will want, side by side, where steps are kernels on a GPU."""
+        if not isinstance(self.step, FusedStep) or self.pool.device.type != "cuda":
+            return
+        from kvist.kernels.jit import compile_ahead
+
+        most = min(self.pool.max_tokens, self.pool.max_blocks * self.pool.block_size)
+        with self._on_device, compile_ahead():
+            for count in {min(n, most) for n in PROMPTS}:
+                batch = Batch.pack(
+                    [[0] * count], [0], device=self.pool.device, slots=[self.pool.null_slot]
+                )
+                binding = self.pool.bind(batch, backend=self.backend)
+                self.sampler.rehearse(self.step.rehearse(batch, binding).float())
+            if self._graphs is not None:
+                self._graphs.rehearse()
+
     def execute(self, plan: Plan) -> Ticket:
         """Start a step; see `core.plan` for the order in which a plan's parts count."""
         with self._on_device:  # kernels start on the current device, whatever their tensors say
@@ -114,8 +134,11 @@ class PagedRunner:
             batch, targets, samples = self._batch(rows)
             logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
         elif all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
-            tokens = self._graphs.run(rows, self._graphs.kind_of(rows))
-            return TokensTicket(plan.step, read_later(tokens))
+            # Attention's programs start in the order of rows: the longest first, so that none of
+            # them is left alone at the end.
+            order = sorted(range(len(rows)), key=lambda i: -rows[i].start)
+            tokens = self._graphs.run([rows[i] for i in order], self._graphs.kind_of(rows))
+            return TokensTicket(plan.step, read_later(tokens), order)
         else:
             logits = self._graphs.run(rows, "logits")
             targets, samples = [range(0)] * len(rows), [range(i, i + 1) for i in range(len(rows))]
@@ -238,19 +261,20 @@ class _Known:
 class TokensTicket:
     """A step of one token a row, -1 where its logits were not finite."""
 
-    def __init__(self, step: int, read: Callable[[], list[int]]) -> None:
-        """`read` waits for the tokens."""
-        self._step, self._read = step, read
+    def __init__(self, step: int, read: Callable[[], list[int]], order: Sequence[int]) -> None:
+        """`read` waits for the tokens; `order` says whose they are."""
+        self._step, self._read, self._order = step, read, order
         self._output: StepOutput | None = None
 
     def result(self) -> StepOutput:
         """See `Ticket`."""
         if self._output is None:
-            rows = [
-                RowOutput((token,)) if token >= 0 else RowOutput(fault=NOT_FINITE)
-                for token in self._read()
+            rows = dict(zip(self._order, self._read(), strict=True))
+            outputs = [
+                RowOutput((rows[i],)) if rows[i] >= 0 else RowOutput(fault=NOT_FINITE)
+                for i in range(len(rows))
             ]
-            self._output = StepOutput(self._step, tuple(rows))
+            self._output = StepOutput(self._step, tuple(outputs))
         return self._output
 
 

@@ -146,6 +146,15 @@ class Sampler:
                 line -= params.presence_penalty * (state.counts > 0)
         return scores
 
+    def rehearse(self, logits: Tensor) -> None:
+        """Start the kernels that choose the likeliest and draw, for rows like these."""
+        from kvist.kernels.sampling import sample
+
+        tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        params = torch.zeros(5, len(logits), dtype=torch.float64, device=logits.device)
+        sample(logits, None, tokens)
+        sample(logits, params, tokens, filtered=False)
+
     def _launch(
         self, scores: Tensor, params: Rows[ResolvedParams], uniforms: Rows[float]
     ) -> Tensor:

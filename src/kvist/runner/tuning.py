@@ -4,7 +4,7 @@ Where a shape was not measured, its size decides. Imports Triton.
 """
 
 from kvist.kernels.fp8 import Fp8Weight, Weight
-from kvist.kernels.linear import MOST_ROWS, GemmTuning, GemvTuning
+from kvist.kernels.linear import MOST_ROWS, SMALL, GemmTuning, GemvTuning
 
 
 def gemv_tuning(w: Weight, *, matrices: int = 1) -> GemvTuning:
@@ -32,6 +32,8 @@ def gemm_tuning(w: Weight, rows: int, *, residual: bool) -> GemmTuning:
     n, _ = w.shape
     if isinstance(w, Fp8Weight):
         return _fp8_tuning(n, rows, residual=residual)
+    if w.numel() > SMALL and rows > 32:
+        return _large_tuning(rows, residual=residual)
     if rows > MOST_ROWS:
         if residual:
             return GemmTuning(block_n=64, splits=4 if rows <= 160 else 2, block_m=64)
@@ -39,6 +41,16 @@ def gemm_tuning(w: Weight, rows: int, *, residual: bool) -> GemmTuning:
     if residual:
         return GemmTuning(block_n=32, block_k=128, splits=8 if n <= 2048 else 4, warps=4, stages=3)
     return GemmTuning(block_n=32, block_k=128, warps=4, stages=4)
+
+
+def _large_tuning(rows: int, *, residual: bool) -> GemmTuning:
+    """Wide tiles: what is read of x again and again would else outweigh the weights."""
+    if rows > MOST_ROWS:
+        splits = 4 if rows <= 128 else 2
+        return GemmTuning(block_n=128, block_k=64, splits=splits, warps=8, block_m=128)
+    if residual:
+        return GemmTuning(block_n=128, block_k=64, splits=4, stages=5, block_m=64)
+    return GemmTuning(block_n=64, block_m=64)
 
 
 def _fp8_tuning(n: int, rows: int, *, residual: bool) -> GemmTuning:

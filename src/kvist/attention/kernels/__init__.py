@@ -108,14 +108,14 @@ def triton_attention(
     elif singles:
         splits = splits_for(batch.num_sequences)
         most = most_splits(pages, singles, splits)
-        key = ("triton decode", heads, kv.spec.head_dim, most)
-        if key not in kv.memo:
-            kv.memo[key] = Workspace.make(len(batch.kv_lens), heads, q.shape[2], most, q.device)
+        room = ("triton decode", heads, kv.spec.head_dim, most)
+        if room not in kv.memo:
+            kv.memo[room] = Workspace.make(pages, heads, most)
         decode(
             q,
             pages,
             out,
-            kv.memo[key],
+            kv.memo[room],
             scale,
             ragged=ragged,
             dependent=dependent,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvist.attention.kernels.tiles import INT8, load_queries, mix, scores
 from kvist.kernels.encode_kernels import hadamard
+from kvist.kernels.jit import kernel
 
 STEP = tl.constexpr(16)  # splits that are put together at a time
 
@@ -39,7 +40,7 @@ def split_length(count, MIN_SPLIT: tl.constexpr, DOUBLINGS: tl.constexpr, TARGET
     return length
 
 
-@triton.jit(do_not_specialize=["max_splits"])
+@kernel(do_not_specialize=["max_splits"])
 def split_kernel(
     q_ptr,
     k_ptr,
@@ -53,6 +54,7 @@ def split_kernel(
     starts_ptr,
     partial_ptr,
     stats_ptr,
+    out_ptr,
     table_stride,
     max_splits,
     scale,
@@ -74,11 +76,13 @@ def split_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PACKED: tl.constexpr,
+    DIRECT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One (kv head, some splits, sequence): the group's unnormalised outputs, maxima and sums.
+    """One (kv head, some splits, sequence): the group's outputs over the keys of each split.
 
-    Scores are in base 2: `scale` carries log2(e).
+    Unnormalised, with their maxima and sums, for `combine_kernel`; with DIRECT a sequence's only
+    split goes to `out` itself. Scores are in base 2: `scale` carries log2(e).
     """
     h = tl.program_id(0)
     b = tl.program_id(2)
@@ -98,8 +102,9 @@ def split_kernel(
     in_group = g < GROUP
     at = (row * HEADS + h * GROUP + g) * HEAD_DIM
     WIDTH: tl.constexpr = HEAD_DIM // 2 if V_KIND >= INT8 else HEAD_DIM
+    splits = tl.cdiv(count, length)
     # Splits take turns on the programs there are: which computes one leaves no mark on its bits.
-    for split in range(tl.program_id(1), tl.cdiv(count, length), tl.num_programs(1)):
+    for split in range(tl.program_id(1), splits, tl.num_programs(1)):
         begin = split * length
         end = tl.minimum(begin + length, count)
         q, q_high = load_queries(q_ptr, at, in_group, HEAD_DIM, K_KIND, Q_DTYPE)
@@ -150,17 +155,22 @@ def split_kernel(
                 V_GROUPS,
                 PACKED,
             )
-        slot = (b * HEADS + h * GROUP + g) * max_splits + split
-        d = tl.arange(0, WIDTH)
-        out = partial_ptr + slot.to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(out, acc, mask=in_group[:, None])
-        if V_KIND >= INT8:
-            tl.store(out + WIDTH, acc_high, mask=in_group[:, None])
-        tl.store(stats_ptr + slot * 2, top, mask=in_group)
-        tl.store(stats_ptr + slot * 2 + 1, total, mask=in_group)
+        if DIRECT and splits == 1:
+            d = tl.arange(0, HEAD_DIM)
+            mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + at[:, None] + d[None, :], mixed, mask=in_group[:, None])
+        else:
+            slot = (b * HEADS + h * GROUP + g) * max_splits + split
+            d = tl.arange(0, WIDTH)
+            part = partial_ptr + slot.to(tl.int64)[:, None] * HEAD_DIM + d[None, :]
+            tl.store(part, acc, mask=in_group[:, None])
+            if V_KIND >= INT8:
+                tl.store(part + WIDTH, acc_high, mask=in_group[:, None])
+            tl.store(stats_ptr + slot * 2, top, mask=in_group)
+            tl.store(stats_ptr + slot * 2 + 1, total, mask=in_group)
 
 
-@triton.jit(do_not_specialize=["max_splits"])
+@kernel(do_not_specialize=["max_splits"])
 def combine_kernel(
     partial_ptr,
     stats_ptr,
@@ -178,9 +188,13 @@ def combine_kernel(
     MIN_SPLIT: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     TARGET: tl.constexpr,
+    DIRECT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One (head, sequence): the splits' outputs, weighted by what each holds of the softmax."""
+    """One (head, sequence): the splits' outputs, weighted by what each holds of the softmax.
+
+    With DIRECT there is nothing left to do where there is one split.
+    """
     h = tl.program_id(0)
     b = tl.program_id(1)
     if DEPENDENT:
@@ -193,8 +207,8 @@ def combine_kernel(
         if tl.load(starts_ptr + b + 1) - row != 1:
             n = 0
     _, _, count = visible_keys(n, WINDOW, SINKS)
-    if count > 0:
-        splits = tl.cdiv(count, split_length(count, MIN_SPLIT, DOUBLINGS, TARGET))
+    splits = tl.cdiv(count, split_length(count, MIN_SPLIT, DOUBLINGS, TARGET))
+    if splits > (1 if DIRECT else 0):
         d = tl.arange(0, HEAD_DIM)
         i = tl.arange(0, STEP)
         slot = (b * HEADS + h) * max_splits + i

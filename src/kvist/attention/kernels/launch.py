@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from kvist.attention.kernels.formats import FP8, INT4, INT8, PLAIN, Format
 from kvist.attention.kernels.prefill_kernels import prefill_kernel
 from kvist.cache.batch import Batch, int_tensor
 from kvist.core.spec import AttentionSpec
+from kvist.kernels.elementwise import dependent_launch
+from kvist.kernels.jit import cdiv, next_power_of_2
 
 LOG2_E = 1.4426950408889634
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -69,8 +70,8 @@ class Tuning:
 
 # By the number of sequences that decode together: few need splits to fill a GPU, many do not.
 SPLITS = Splits(target=64)
-CROWD, CROWDED = 32, Splits(shortest=128)
-THRONG, THRONGED = 128, Splits(shortest=512)
+CROWD, CROWDED = 32, Splits(shortest=256)
+THRONG, THRONGED = 96, Splits(shortest=4096, longest=8192)
 # Measured on an H200. A tile's block numbers are loaded before its keys, so that two tiles are on
 # their way only from five stages on.
 DECODE = {
@@ -79,6 +80,7 @@ DECODE = {
     INT8: Tuning(64, 4, 5),
     INT4: Tuning(32, 1, 5),
 }
+CROWDED_PLAIN = Tuning(128, 4, 3)  # of so many sequences that splits are longer than a tile
 PREFILL = {
     PLAIN: Tuning(64, 4, 3),
     FP8: Tuning(64, 4, 3),
@@ -158,11 +160,12 @@ class Workspace:
     max_splits: int
 
     @classmethod
-    def make(cls, rows: int, heads: int, head_dim: int, splits: int, device: torch.device) -> Any:
-        """Uninitialised room for `rows` sequences."""
+    def make(cls, pages: Pages, heads: int, splits: int) -> Any:
+        """Uninitialised room for the sequences of these pages."""
+        rows, device = pages.kv_lens.shape[0], pages.kv_lens.device
         shape = (rows, heads, splits)
         return cls(
-            torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+            torch.empty(*shape, pages.spec.head_dim, dtype=torch.float32, device=device),
             torch.empty(*shape, 2, dtype=torch.float32, device=device),
             splits,
         )
@@ -171,6 +174,13 @@ class Workspace:
 def splits_for(rows: int) -> Splits:
     """Where contexts are split in a step of so many sequences."""
     return THRONGED if rows >= THRONG else CROWDED if rows >= CROWD else SPLITS
+
+
+def _decode_tuning(pages: Pages, rows: int) -> Tuning:
+    if pages.in_float32:
+        return DECODE_FLOAT32
+    kind = pages.values.kind
+    return CROWDED_PLAIN if kind == PLAIN and rows >= CROWD else DECODE[kind]
 
 
 def decode(
@@ -202,10 +212,11 @@ def decode(
         rotate: bring the output back from the Hadamard basis of the values.
     """
     heads, count = q.shape[1], pages.kv_lens.shape[0]
-    constants = pages.constants(heads)
-    usual = DECODE_FLOAT32 if pages.in_float32 else DECODE[pages.values.kind]
-    tuning = tuning or usual
+    tuning = tuning or _decode_tuning(pages, count)
     splits = splits or splits_for(count)
+    group = heads // pages.spec.num_kv_heads
+    kv_heads = pages.spec.num_kv_heads
+    constants = pages.constants(heads)
     common = {
         "WINDOW": constants["WINDOW"],
         "SINKS": constants["SINKS"],
@@ -213,29 +224,30 @@ def decode(
         "MIN_SPLIT": splits.shortest,
         "DOUBLINGS": splits.doublings,
         "TARGET": splits.target,
+        "DIRECT": pages.values.kind in (PLAIN, FP8) and not rotate,
         "DEPENDENT": dependent,
+        **dependent_launch(dependent),
     }
-    pdl = {"launch_pdl": True} if dependent else {}
-    group = heads // pages.spec.num_kv_heads
-    kv_heads = pages.spec.num_kv_heads
     # No more programs than fill the GPU: one that finds nothing to do costs as much as a short one.
-    wanted = triton.cdiv(WARPS, tuning.warps * count * kv_heads)
-    spread = min(work.max_splits, triton.next_power_of_2(wanted))
+    wanted = cdiv(WARPS, tuning.warps * count * kv_heads)
+    spread = min(work.max_splits, next_power_of_2(wanted))
     split_kernel[(kv_heads, spread, count)](
         q,
         *pages.pointers(),
         work.partial,
         work.stats,
+        out,
         pages.block_table.stride(0),
         work.max_splits,
         scale * LOG2_E,
         **{**constants, **common},
-        ROWS=max(16, triton.next_power_of_2(group)),
+        ROWS=max(16, next_power_of_2(group)),
         TILE=tuning.tile,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
-        **pdl,
     )
+    if work.max_splits == 1 and common["DIRECT"]:
+        return
     combine_kernel[(heads, count)](
         work.partial,
         work.stats,
@@ -249,7 +261,6 @@ def decode(
         ROTATE=rotate,
         **common,
         num_warps=2,
-        **pdl,
     )
 
 
@@ -273,7 +284,7 @@ def prefill_work(
 
 def prefill_queries(heads: int, kv_heads: int, rows: int = PREFILL_ROWS) -> int:
     """Queries of a run, so that with the heads of a group they make `rows` rows."""
-    return max(1, rows // int(triton.next_power_of_2(heads // kv_heads)))
+    return max(1, rows // next_power_of_2(heads // kv_heads))
 
 
 def prefill(
@@ -309,7 +320,7 @@ def prefill(
         scale * LOG2_E,
         **pages.constants(heads),
         QUERIES=prefill_queries(heads, kv_heads, rows),
-        GROUP=triton.next_power_of_2(heads // kv_heads),
+        GROUP=next_power_of_2(heads // kv_heads),
         TILE=tuning.tile,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
@@ -319,4 +330,4 @@ def prefill(
 def most_splits(pages: Pages, kv_lens: Sequence[int], splits: Splits) -> int:
     """Splits of a step with these lengths, at most, as a power of two: few kinds of launch."""
     most = splits.most(pages.visible(max(kv_lens, default=1)))
-    return int(triton.next_power_of_2(most))
+    return next_power_of_2(most)

@@ -6,13 +6,13 @@ A program takes a run of one sequence's queries and all query heads of one kv he
 reads its keys once. Launched by prefill.py.
 """
 
-import triton
 import triton.language as tl
 
 from kvist.attention.kernels.tiles import INT8, load_queries, mix, scores
+from kvist.kernels.jit import kernel
 
 
-@triton.jit
+@kernel()
 def prefill_kernel(
     q_ptr,
     k_ptr,
