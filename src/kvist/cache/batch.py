@@ -101,10 +101,14 @@ class Batch:
         for new in tokens:
             flat += array("q", new)
         # New tokens of sequence b take the positions [cached[b], cached[b] + query_lens[b]).
-        owners = np.repeat(np.arange(len(ends)), np.array(query_lens, np.int64))
-        shifts = np.array([kv - end for kv, end in zip(kv_lens, ends, strict=True)], np.int64)
-        flat.frombytes((np.arange(total) + shifts[owners]).tobytes())
-        flat.frombytes(owners.tobytes())
+        if total == len(ends) == sum(map(bool, query_lens)):  # one each, and quickly
+            flat.extend(cached)
+            flat.extend(range(total))
+        else:
+            owners = np.repeat(np.arange(len(ends)), np.array(query_lens, np.int64))
+            shifts = np.array([kv - end for kv, end in zip(kv_lens, ends, strict=True)], np.int64)
+            flat.frombytes((np.arange(total) + shifts[owners]).tobytes())
+            flat.frombytes(owners.tobytes())
         lasts = [end - 1 for end, n in zip(ends, query_lens, strict=True) if n]
         if isinstance(logits, str):
             every = range(total)
