@@ -105,7 +105,8 @@ def test_the_engine_says_what_computes_its_steps(device):
         Engine(replace(model, executor="one-launch"), EngineConfig(max_model_len=32))
 
 
-def test_a_recording_serves_the_variant_that_it_was_made_of(device, monkeypatch):
+def unrecorded(device: torch.device, monkeypatch) -> tuple[FusedStep, DecodeGraphs, list]:
+    """A step, recordings of it that hold nothing, and of each the context and the variant."""
     lm = tiny(device, **SMALL)
     step = FusedStep(lm)
     cache = PagedCache(lm.specs, make_codec("plain", torch.float32), rows=1, device=device)
@@ -114,35 +115,32 @@ def test_a_recording_serves_the_variant_that_it_was_made_of(device, monkeypatch)
     recorded = []
 
     def record(bucket: int, context: int, kind: str) -> _Recording:
-        recorded.append(step.variant(bucket, context))
+        recorded.append((context, step.variant(bucket, context)))
         return _Recording(lambda: None, torch.zeros(1))
 
     monkeypatch.setattr(graphs, "_record", record)
-    row = PlanRow(slot=0, tokens=(5,), start=3, sample=True)
-    graphs.run([row], "greedy")
-    graphs.run([row], "greedy")
+    return step, graphs, recorded
+
+
+def one_row(start: int) -> list[PlanRow]:
+    return [PlanRow(slot=0, tokens=(5,), start=start, sample=True)]
+
+
+def test_a_recording_serves_the_variant_that_it_was_made_of(device, monkeypatch):
+    step, graphs, recorded = unrecorded(device, monkeypatch)
+    graphs.run(one_row(3), "greedy")
+    graphs.run(one_row(3), "greedy")
     monkeypatch.setattr(step, "variant", lambda rows, context: "one-launch")
-    graphs.run([row], "greedy")
-    assert recorded == ["fused", "one-launch"]
+    graphs.run(one_row(3), "greedy")
+    assert [variant for _, variant in recorded] == ["fused", "one-launch"]
 
 
 def test_a_recording_ends_where_something_else_computes_longer_contexts(device, monkeypatch):
-    lm = tiny(device, **SMALL)
-    step = FusedStep(lm)
-    cache = PagedCache(lm.specs, make_codec("plain", torch.float32), rows=1, device=device)
-    cache.pool.reserve([4], 1, 4, 8)
-    graphs = DecodeGraphs(step, cache.pool, torch.zeros(2, dtype=torch.int64, device=device))
-    recorded = []
-
-    def record(bucket: int, context: int, kind: str) -> _Recording:
-        recorded.append(context)
-        return _Recording(lambda: None, torch.zeros(1))
-
-    monkeypatch.setattr(graphs, "_record", record)
+    step, graphs, recorded = unrecorded(device, monkeypatch)
     monkeypatch.setattr(step, "limits", lambda rows: (24,))
     for start in (3, 22, 23, 24, 30):
-        graphs.run([PlanRow(slot=0, tokens=(5,), start=start, sample=True)], "greedy")
-    assert recorded == [24, CONTEXTS[0]]
+        graphs.run(one_row(start), "greedy")
+    assert [context for context, _ in recorded] == [24, CONTEXTS[0]]
 
 
 @pytest.mark.parametrize(("hidden", "longest"), [(1024, 1024), (2560, LONGEST), (4096, 0)])
