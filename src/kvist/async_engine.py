@@ -18,12 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from kvist.core.params import SamplingParams
 from kvist.core.record import BlockDetail, Look, Snapshot
-from kvist.core.request import Grammar
 from kvist.core.results import Delta
 from kvist.embed import Pooling, embed
 from kvist.engine import Engine, EngineConfig, StepTimes
 from kvist.errors import EngineDead, KvistError
-from kvist.grammar import Grammars
+from kvist.grammar import CompiledGrammar, Grammars
 from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.model import Model, Prompt, load
 from kvist.sample import Sample
@@ -84,9 +83,7 @@ class AsyncLLM:
         if not isinstance(model, Model):
             model = load(model, dtype, device, executor=executor, weights=weights)
         self.model = model
-        self.grammars = Grammars(
-            model.tokenizer, model.config.vocab_size, model.eos_token_ids, model.device
-        )
+        self.grammars = Grammars(model)
         self._engine = Engine(self.model, config, mask_of=self.grammars.mask_of)
         self._desk = Desk(self._engine)
         self._streams: dict[str, _Stream] = {}
@@ -111,7 +108,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-        grammar: Grammar | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Stream one request.
 
@@ -123,7 +120,7 @@ class AsyncLLM:
             request_id: unique among the unfinished; one is made up if need be.
             priority: lower goes first, where others wait.
             cache_salt: cached prefixes are shared only among requests of the same salt.
-            grammar: what the output is held to, from `grammars.compile`; for this request alone.
+            grammar: what the output is held to, from `self.grammars`.
 
         Yields:
             What each step adds to one of the samples (`delta.sample_index`); each sample's last
@@ -154,7 +151,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-        grammar: Grammar | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
         """`submit`, but with all that a step adds to the request's samples in one piece."""
         name = request_id if request_id is not None else f"r{next(self._ids)}"
@@ -166,6 +163,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             grammar=grammar,
+            grammars=self.grammars,
             max_length=self.max_length,
         )
         stream = _Stream(job, asyncio.get_running_loop(), asyncio.Queue())

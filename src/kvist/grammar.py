@@ -2,12 +2,13 @@
 
 llguidance does the parsing; here its grammars become what the engine asks for: a handle for each
 token's mask, and the mask of a handle. A grammar sees token ids alone and remembers where it was,
-so that a step costs it one token. Made by whoever checks requests, asked by scheduler and runner.
+so that a step costs it one token. Compiled by `LLM.grammars` and `AsyncLLM.grammars`, asked by
+scheduler and runner.
 """
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from threading import Lock
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvist.errors import MissingDependency, RequestError
-from kvist.text.tokenizer import Tokenizer
+from kvist.loading.model import Model
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -34,35 +35,68 @@ LIMITS: dict[str, Any] = {
     "precompute_large_lexemes": False,
 }
 KEPT = 64  # compiled grammars
+# JSON is held to the spacing that `json.dumps` writes, which is what models have seen most.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def json_rule(schema: Any) -> str:
+    """What a grammar's source says where JSON of this schema shall stand."""
+    if isinstance(schema, Mapping):
+        schema = {**schema, "x-guidance": _SPACING}
+    return f"%json {json.dumps(schema)}"
 
 
 class Grammars:
-    """A model's grammars, and the masks that are about to be used.
+    """An engine's grammars, and the masks that are about to be used."""
 
-    Args:
-        tokenizer: the model's; None where it has none, and so no grammars.
-        vocab_size: width of its logits.
-        eos_token_ids: allowed wherever the output may end.
-        device: where masks are needed.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-        eos_token_ids: frozenset[int],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, model: Model) -> None:
         """Nothing is imported before the first grammar comes."""
-        self.vocab_size = vocab_size
-        self.eos_token_ids = sorted(eos_token_ids)
-        self.device = device
-        self._tokenizer = tokenizer
+        self.vocab_size = model.config.vocab_size
+        self.eos_token_ids = sorted(model.eos_token_ids)
+        self.device = model.device
+        self._tokenizer = model.tokenizer
         self._ours: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
         self._handles = count(1)
         self._masks: dict[int, Tensor] = {}
+
+    def json(self, schema: Mapping[str, Any] | None = None) -> "CompiledGrammar":
+        """JSON that fits a schema, in `json.dumps`'s spacing; None allows any object.
+
+        Raises:
+            RequestError, MissingDependency: as `compile`.
+        """
+        if schema is not None and not isinstance(schema, Mapping):
+            raise RequestError(
+                f"a schema is a mapping, such as {{'type': 'object'}}, not {schema!r}; "
+                "a pydantic model's is model_json_schema()"
+            )
+        return self.compile(f"start: {json_rule({'type': 'object'} if schema is None else schema)}")
+
+    def regex(self, pattern: str) -> "CompiledGrammar":
+        r"""Text that a regular expression matches whole.
+
+        The syntax is Rust's, where `\d` is any script's digit.
+
+        Raises:
+            RequestError, MissingDependency: as `compile`.
+        """
+        with self._lock:
+            self._tokens()
+        from llguidance import LLMatcher
+
+        return self.compile(LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, texts: Sequence[str]) -> "CompiledGrammar":
+        """One of these texts.
+
+        Raises:
+            RequestError, MissingDependency: as `compile`.
+        """
+        if isinstance(texts, str) or not texts:
+            raise RequestError(f"a choice is a list of texts, at least one, not {texts!r}")
+        return self.compile(f"start: {' | '.join(json.dumps(text) for text in texts)}")
 
     def compile(self, source: str) -> "CompiledGrammar":
         """Make a grammar of llguidance's dialect of Lark; takes milliseconds, on any thread.
@@ -77,6 +111,18 @@ class Grammars:
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return CompiledGrammar(self, matcher)
+
+    def begin(self, grammar: "CompiledGrammar") -> "Parse":
+        """The grammar as one request asks it.
+
+        Raises:
+            RequestError: it is another engine's.
+        """
+        if grammar.grammars is not self:
+            raise RequestError(
+                "this grammar was compiled for another engine; compile it by this one's grammars"
+            )
+        return Parse(grammar)
 
     def tag(self, text: str) -> str:
         """A tag such as `<think>` as a grammar writes it: its own token, if it has one, else text.
@@ -110,7 +156,7 @@ class Grammars:
                 from llguidance import LLTokenizer
             except ImportError as error:
                 raise MissingDependency(
-                    "grammars need llguidance; install it: pip install 'kvist[server]'"
+                    "grammars need llguidance; install it: pip install 'kvist[grammars]'"
                 ) from error
             self._ours = LLTokenizer(
                 self._tokenizer.backend.to_str(),
@@ -129,6 +175,14 @@ class Grammars:
         return matcher
 
 
+@dataclass(frozen=True, eq=False)
+class CompiledGrammar:
+    """What outputs are held to, in any number of requests; made by `Grammars` alone."""
+
+    grammars: Grammars
+    start: "LLMatcher"
+
+
 @dataclass
 class _Place:
     """A matcher, and the tokens that it has seen."""
@@ -137,13 +191,13 @@ class _Place:
     seen: list[int] = field(default_factory=list)
 
 
-class CompiledGrammar:
+class Parse:
     """Implements `core.request.Grammar` for one request, all of its samples."""
 
-    def __init__(self, grammars: Grammars, start: "LLMatcher") -> None:
-        """Made by `Grammars.compile` alone."""
-        self._grammars = grammars
-        self._start = start
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        """Made by `Grammars.begin` alone."""
+        self._grammars = grammar.grammars
+        self._start = grammar.start
         self._places: list[_Place] = []
 
     def mask(self, output_ids: Sequence[int]) -> int:

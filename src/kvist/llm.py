@@ -15,6 +15,7 @@ from kvist.core.params import SamplingParams
 from kvist.core.record import Snapshot
 from kvist.core.results import Result
 from kvist.engine import Engine, EngineConfig
+from kvist.grammar import CompiledGrammar, Grammars
 from kvist.loading.model import Model, Prompt, load
 from kvist.serving import Desk, make_jobs
 
@@ -50,7 +51,8 @@ class LLM:
         if not isinstance(model, Model):
             model = load(model, dtype, device, executor=executor, weights=weights)
         self.model = model
-        self.engine = Engine(self.model, config)
+        self.grammars = Grammars(model)
+        self.engine = Engine(self.model, config, mask_of=self.grammars.mask_of)
         self._desk = Desk(self.engine)
         self._ids = count()
 
@@ -62,6 +64,7 @@ class LLM:
         progress: bool = False,
         priority: int = 0,
         cache_salt: str = "",
+        grammar: CompiledGrammar | Sequence[CompiledGrammar | None] | None = None,
     ) -> list[Result]:
         """Generate from all prompts; results in order, n for each where a prompt asks for n.
 
@@ -71,6 +74,8 @@ class LLM:
             progress: show a bar on stderr.
             priority: lower goes first, where others wait.
             cache_salt: cached prefixes are shared only among calls of the same salt.
+            grammar: what the outputs are held to, from `self.grammars`; one for all, or one or None
+                for each prompt.
 
         Raises:
             RequestError: a prompt or parameter makes no sense, or could never fit; nothing has been
@@ -84,6 +89,8 @@ class LLM:
             lambda index: f"{number}.{index}",
             priority=priority,
             cache_salt=cache_salt,
+            grammar=grammar,
+            grammars=self.grammars,
             max_length=self.engine.max_length,
         )
         try:

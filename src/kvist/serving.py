@@ -7,7 +7,7 @@ sample that it belongs to, and tells the engine where a stop string has ended on
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvist.core.params import SamplingParams
+from kvist.core.params import ResolvedParams, SamplingParams
 from kvist.core.plan import (
     Event,
     FailedEvent,
@@ -15,10 +15,11 @@ from kvist.core.plan import (
     TokenLogprobs,
     TokensEvent,
 )
-from kvist.core.request import Grammar, Request
+from kvist.core.request import Request
 from kvist.core.results import TokenLogprob
 from kvist.engine import Engine
-from kvist.errors import NotSupported
+from kvist.errors import NotSupported, RequestError
+from kvist.grammar import CompiledGrammar, Grammars, Parse
 from kvist.loading.image_prompt import PreparedPrompt
 from kvist.loading.model import Model, Prompt
 from kvist.prepare import prepare
@@ -46,7 +47,8 @@ def make_jobs(
     *,
     priority: int = 0,
     cache_salt: str = "",
-    grammar: Grammar | None = None,
+    grammar: CompiledGrammar | Sequence[CompiledGrammar | None] | None = None,
+    grammars: Grammars | None = None,
     max_length: int | None = None,
 ) -> list[Job]:
     """Check every prompt and parameter, and make a request of each.
@@ -58,7 +60,8 @@ def make_jobs(
         ids: the request id of the prompt with this index.
         priority: lower goes first.
         cache_salt: prefixes are shared only among requests of the same salt.
-        grammar: what the outputs are held to.
+        grammar: what the outputs are held to; one for all, or one or None for each prompt.
+        grammars: the engine's, where there is a grammar.
         max_length: the engine's longest prompt plus output; None is the model's.
 
     Raises:
@@ -72,6 +75,9 @@ def make_jobs(
             )
         sample.request_id = ids(sample.prompt_index)
         jobs.setdefault(sample.prompt_index, []).append(sample)
+    held = list(grammar) if isinstance(grammar, Sequence) else [grammar] * len(jobs)
+    if len(held) != len(jobs):
+        raise RequestError(f"{len(held)} grammars for {len(jobs)} prompts")
     return [
         Job(
             Request(
@@ -82,12 +88,22 @@ def make_jobs(
                 priority=priority,
                 cache_salt=cache_salt,
                 eos_token_ids=model.eos_token_ids,
-                grammar=grammar,
+                grammar=None if one is None else _begin(grammars, one, samples[0].params),
             ),
             samples,
         )
-        for samples in jobs.values()
+        for samples, one in zip(jobs.values(), held, strict=True)
     ]
+
+
+def _begin(grammars: Grammars | None, grammar: CompiledGrammar, params: ResolvedParams) -> Parse:
+    """A grammar for one request, which has to let it say where the output ends."""
+    assert grammars is not None, "a grammar without an engine's grammars"
+    if params.min_tokens or params.ignore_eos:
+        raise RequestError(
+            "min_tokens and ignore_eos do not go with a grammar, which says where the output ends"
+        )
+    return grammars.begin(grammar)
 
 
 class Desk:

@@ -287,8 +287,8 @@ def test_a_grammar_allows_what_fits_and_nothing_else(model: Model) -> None:
     from kvist.grammar import Grammars
 
     tokenizer = model.require_tokenizer()
-    grammars = Grammars(tokenizer, model.config.vocab_size, model.eos_token_ids, model.device)
-    grammar = grammars.compile(f"start: %json {json.dumps(SCHEMA)}")
+    grammars = Grammars(model)
+    grammar = grammars.begin(grammars.compile(f"start: %json {json.dumps(SCHEMA)}"))
     ids = tokenizer.encode('{"kind":"a","size":7,"tags":["xy"]}')
     for place, token in enumerate(ids):
         mask = grammars.mask_of(grammar.mask(ids[:place]))

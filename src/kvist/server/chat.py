@@ -11,8 +11,8 @@ from uuid import uuid4
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist.core.request import Grammar
 from kvist.core.results import Delta, TokenLogprob
+from kvist.grammar import CompiledGrammar
 from kvist.loading.model import Model
 from kvist.server.formats import Thinking, calls_source, check_tools, format_source
 from kvist.server.generation import Asked, Tally, asked_for, generate
@@ -108,11 +108,11 @@ async def begin(served: Served, body: ChatRequest, name: str) -> Chat:
 
 async def _grammar(
     served: Served, body: ChatRequest, tools: list[Tool], thinking: Thinking
-) -> Grammar | None:
+) -> CompiledGrammar | None:
     """What the output is held to, made on a worker thread."""
     grammars, several = served.engine.grammars, body.parallel_tool_calls is not False
 
-    def make() -> Grammar | None:
+    def make() -> CompiledGrammar | None:
         source = calls_source(tools, body.tool_choice, thinking, grammars.tag, several=several)
         source = source or format_source(body.response_format, thinking, grammars.tag)
         return None if source is None else grammars.compile(source)

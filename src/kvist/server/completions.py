@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist.core.request import Grammar
 from kvist.core.results import Result, TokenLogprob
+from kvist.grammar import CompiledGrammar
 from kvist.loading.model import Model
 from kvist.server.chat import Chunks
 from kvist.server.errors import ApiError
@@ -55,7 +55,7 @@ async def create(body: CompletionRequest, request: Request) -> Response:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
 
-    def grammar() -> Grammar | None:
+    def grammar() -> CompiledGrammar | None:
         return None if source is None else served.engine.grammars.compile(source)
 
     asked = [

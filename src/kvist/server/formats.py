@@ -1,14 +1,14 @@
 """What an output is held to: response formats and forced tool calls, as grammars' sources.
 
 A schema comes from outside, so it is bounded in size and depth before anything reads it; regular
-expressions in it are run by an engine without backtracking, under `kvist.grammar`'s limits. JSON is
-held to the spacing that `json.dumps` writes, which is what models have seen most.
+expressions in it are run by an engine without backtracking, under `kvist.grammar`'s limits.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from kvist.grammar import json_rule
 from kvist.server.errors import ApiError
 from kvist.server.hermes import CLOSE, OPEN
 from kvist.server.wire.chat import (
@@ -30,8 +30,6 @@ MAX_PATTERN = 1024
 Thinking = Literal["never", "maybe", "begun"]
 """Whether the output has a thought before the answer: not at all, if it likes, or it is in one."""
 
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
 
 def format_source(
     asked: ResponseFormat | None, thinking: Thinking, tag: Callable[[str], str]
@@ -47,11 +45,11 @@ def format_source(
         ApiError: a schema that is too large, or none.
     """
     if isinstance(asked, JSONFormat):
-        return _source(_json({"type": "object"}), thinking, tag)
+        return _source(json_rule({"type": "object"}), thinking, tag)
     if isinstance(asked, SchemaFormat):
         schema = asked.json_schema.schema_
         check_schema(schema, "response_format.json_schema.schema")
-        return _source(_json(schema), thinking, tag)
+        return _source(json_rule(schema), thinking, tag)
     return None
 
 
@@ -74,7 +72,7 @@ def calls_source(
         schema = tool.function.parameters or {"type": "object"}
         rules.append(
             f"call_{number}: {tag(OPEN)} {json.dumps(head)} arguments_{number} "
-            f"{_CALL_ENDS} {tag(CLOSE)}\narguments_{number}: {_json(schema)}"
+            f"{_CALL_ENDS} {tag(CLOSE)}\narguments_{number}: {json_rule(schema)}"
         )
     one = " | ".join(f"call_{number}" for number in range(len(rules)))
     more = r' ("\n" call)*' if several else ""
@@ -126,12 +124,6 @@ def _children(node: Any, param: str) -> list[Any]:
             400, f"{param} has a pattern of more than {MAX_PATTERN} characters", param=param
         )
     return list(node.values())
-
-
-def _json(schema: Any) -> str:
-    if isinstance(schema, dict):
-        schema = {**schema, "x-guidance": _SPACING}
-    return f"%json {json.dumps(schema)}"
 
 
 def _source(answer: str, thinking: Thinking, tag: Callable[[str], str], *rules: str) -> str:

@@ -15,9 +15,9 @@ from fastapi import Request
 
 from kvist.core.params import SamplingParams
 from kvist.core.record import RequestRecord
-from kvist.core.request import Grammar
 from kvist.core.results import Delta
 from kvist.errors import KvistError
+from kvist.grammar import CompiledGrammar
 from kvist.loading.image_prompt import PreparedPrompt
 from kvist.server.errors import ApiError, refused
 from kvist.server.logs import record_fields
@@ -36,7 +36,7 @@ class Asked:
 
     prompt: PreparedPrompt
     params: SamplingParams
-    grammar: Grammar | None = None
+    grammar: CompiledGrammar | None = None
     priority: int = 0
     cache_salt: str | None = None
 
@@ -71,18 +71,14 @@ def asked_for(
     served: Served,
     prompt: PreparedPrompt,
     params: SamplingParams,
-    grammar: Grammar | None = None,
+    grammar: CompiledGrammar | None = None,
     **rest: Any,
 ) -> Asked:
     """A prompt with its limit of new tokens settled: what was asked, else what has room.
 
     Raises:
-        ApiError: the prompt has no room for a token, or a grammar is asked to go on after its end.
+        ApiError: the prompt has no room for a token.
     """
-    if grammar is not None and (params.min_tokens or params.ignore_eos):
-        raise ApiError(
-            400, "min_tokens and ignore_eos do not go with a format that says where the output ends"
-        )
     room = served.engine.max_length - len(prompt.token_ids)
     if room < 1:
         raise ApiError(
