@@ -112,6 +112,16 @@ def test_the_last_layer_computes_only_rows_with_logits(logits, device, monkeypat
         assert (ours - expected[batch.logit_rows]).abs().max() < 1e-3
 
 
+def test_a_row_of_logits_may_be_wanted_twice(device):
+    model = tiny(device, **SLIDING)
+    tokens, cached = [[5], [6]], [0, 0]
+    once = Batch.pack(tokens, cached, device=device)
+    expected = FusedStep(model)(once, paged(model, 2, device).bind(once, backend="triton"))
+    twice = Batch.pack(tokens, cached, logits=[0, 0, 1], device=device)
+    ours = FusedStep(model)(twice, paged(model, 2, device).bind(twice, backend="triton"))
+    assert torch.equal(ours, expected[twice.logit_rows])
+
+
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three rows", "one row"])
 def test_fused_step_multiplies_by_the_same_rounded_weights(prompts, device):
     model = in_fp8(tiny(device, **SLIDING), "fp8")

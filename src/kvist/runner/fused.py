@@ -275,7 +275,8 @@ class FusedStep:
                 act = silu_mul(many_rows(y, layer.gate_up))
             delta = product(act, layer.down, residual=True)
         assert delta is not None
-        if not fewer and batch.num_sequences != batch.num_tokens:  # in an order of their own
+        if not fewer and not len(rows) == batch.num_sequences == batch.num_tokens:
+            # In an order of their own, or some of them twice.
             x, delta = x.index_select(0, rows), delta.index_select(-2, rows)
         hidden = torch.empty(len(rows), config.hidden_size, dtype=dtype, device=device)
         if len(rows):

@@ -157,7 +157,8 @@ class PagedRunner:
             end = begin + len(row.tokens)
             first = len(spans)
             spans += range(begin, begin + len(row.prompt_targets))
-            if not row.sample:  # a chunk whose last row is sound may be found by others
+            # A chunk whose last row is sound may be found by others.
+            if not row.sample and len(row.prompt_targets) < len(row.tokens):
                 spans.append(end - 1)
             targets.append(range(first, len(spans)))
             first = len(spans)
