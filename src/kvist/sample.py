@@ -111,6 +111,7 @@ class Sample:
             logprobs=tuple(self._logprobs[tokens:]),
             sample_index=self.sequence.sample_index,
             result=self.result() if self.finish_reason is not None else None,
+            prompt_logprobs=None if tokens else self._known_of_prompt(),
         )
 
     def result(self) -> Result:
@@ -124,12 +125,14 @@ class Sample:
             usage=Usage(len(prompt), len(output), self.record.cached_tokens if self.record else 0),
             timings=Timings(self._first - self._began, self._last - self._first),
             logprobs=None if self.params.logprobs is None else tuple(self._logprobs),
-            prompt_logprobs=(
-                None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs)
-            ),
+            prompt_logprobs=self._known_of_prompt(),
             stop_reason=self._stop_reason,
             prompt_index=self.prompt_index,
             sample_index=self.sequence.sample_index,
             record=self.record,
             error=self._error,
         )
+
+    def _known_of_prompt(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Complete before the first token is sampled."""
+        return None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs)

@@ -86,6 +86,27 @@ def test_deltas_join_to_the_whole(model: Model) -> None:
         assert [delta.result is None for delta in own] == [True] * (len(own) - 1) + [False]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_first_delta_of_each_sample_knows_the_whole_prompt(overlap: bool) -> None:
+    params = SamplingParams(seed=2, max_tokens=5, n=2, prompt_logprobs=1, ignore_eos=True)
+    prompts = [[*STEM, *STEM, 3], [5]]  # three chunks, and nothing to know but that it is the first
+
+    async def work() -> list[list[Delta]]:
+        async with serving(overlap=overlap) as llm:
+            return await asyncio.gather(*(everything(llm, prompt, params) for prompt in prompts))
+
+    for prompt, deltas in zip(prompts, within_limit(work()), strict=True):
+        for sample in range(2):
+            first, *rest = (delta for delta in deltas if delta.sample_index == sample)
+            assert rest[-1].result is not None
+            assert first.prompt_logprobs == rest[-1].result.prompt_logprobs
+            assert [one and one.token_id for one in first.prompt_logprobs or ()] == [
+                None,
+                *prompt[1:],
+            ]
+            assert all(delta.prompt_logprobs is None for delta in rest)
+
+
 def test_samples_that_end_in_one_step_all_say_so() -> None:
     params = SamplingParams(temperature=1, seed=1, n=4, max_tokens=5, ignore_eos=True)
 

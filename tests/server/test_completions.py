@@ -77,6 +77,72 @@ def test_echo_brings_the_prompt_with_its_log_probabilities(
     assert logprobs.text_offset[expected.usage.prompt_tokens] == len(prompt)
 
 
+ECHOED = [
+    "once upon a time, 日本 and é",
+    ["the cat<|im_end|>\n", "日"],
+    [5, 6, 7, 8],
+    [[5], [300, 2, 0, 44]],
+]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("prompt", ECHOED, ids=["text", "texts", "ids", "lists of ids"])
+@pytest.mark.parametrize("top", [0, 2])
+def test_an_echo_with_log_probabilities_streams_to_what_it_is_as_a_whole(
+    client: openai.OpenAI, prompt: Any, n: int, top: int
+) -> None:
+    asked: dict[str, Any] = {
+        "model": "dense_tied", "prompt": prompt, "seed": 7, "max_tokens": 9, "n": n, "echo": True,
+        "logprobs": top,
+    }  # fmt: skip
+    whole = client.completions.create(**asked)
+    pieces: dict[int, list[Any]] = {}
+    for chunk in client.completions.create(**asked, stream=True):
+        for piece in chunk.choices:
+            pieces.setdefault(piece.index, []).append(piece)
+    assert sorted(pieces) == [choice.index for choice in whole.choices]
+    for choice in whole.choices:
+        stream = pieces[choice.index]
+        assert len(stream) > 1
+        assert stream[0].logprobs.token_logprobs[0] is None
+        assert "".join(piece.text for piece in stream) == choice.text
+        assert stream[-1].finish_reason == choice.finish_reason
+        expected = choice.logprobs
+        assert expected is not None
+        for name in ("tokens", "text_offset", "token_logprobs"):
+            together = [one for piece in stream for one in getattr(piece.logprobs, name)]
+            assert together == pytest.approx(getattr(expected, name), abs=1e-4)
+        if not top:
+            assert expected.top_logprobs is None
+            assert all(piece.logprobs.top_logprobs is None for piece in stream)
+            continue
+        tops = [one for piece in stream for one in piece.logprobs.top_logprobs]
+        for one, alike in zip(tops, expected.top_logprobs or (), strict=True):
+            assert one == (alike and pytest.approx(alike, abs=1e-4))
+
+
+def test_the_first_chunk_of_an_echo_has_the_whole_prompt(
+    model: Model, client: openai.OpenAI
+) -> None:
+    for prompt in ("once upon a time, 日本 and é", "<|im_end|>the cat", [5, 0, 7, 8, 300]):
+        [first, second, *_] = client.completions.create(
+            **GREEDY, prompt=prompt, echo=True, logprobs=1, stream=True
+        )
+        ids = model.encode(prompt)
+        text = model.require_tokenizer().decode(ids, skip_special_tokens=False)
+        [one], [after] = first.choices, second.choices
+        assert one.text.startswith(text)
+        assert one.logprobs is not None
+        assert after.logprobs is not None
+        tokens, offsets = one.logprobs.tokens or [], one.logprobs.text_offset or []
+        assert len(tokens) == len(offsets) == len(ids) + 1
+        assert offsets[0] == 0
+        assert offsets[len(ids)] == len(text)
+        for token, offset in zip(tokens[: len(ids)], offsets, strict=False):
+            assert "\ufffd" in token or text.startswith(token, offset)
+        assert (after.logprobs.text_offset or [])[0] >= len(text)
+
+
 def test_defaults_to_sixteen_tokens(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="dense_tied", prompt="x", extra_body={"ignore_eos": True}

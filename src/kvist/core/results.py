@@ -84,10 +84,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step of a stream adds; the last one carries the whole result."""
+    """What one step of a stream adds; the last one carries the whole result.
+
+    A sample's first has its prompt's log-probabilities, as the result does, if they were asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     sample_index: int = 0
     result: Result | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

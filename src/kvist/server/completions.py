@@ -1,21 +1,21 @@
 """`/v1/completions`: texts and token ids to what follows them, in OpenAI's older shape."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from codecs import getincrementaldecoder
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from kvist.core.results import Result, TokenLogprob
+from kvist.core.results import Delta, Result, TokenLogprob
 from kvist.grammar import CompiledGrammar
-from kvist.loading.model import Model
 from kvist.server.chat import Chunks
 from kvist.server.errors import ApiError
 from kvist.server.formats import format_source
 from kvist.server.generation import Asked, Tally, asked_for, generate
-from kvist.server.outputs import token_text
+from kvist.server.outputs import TokenText, token_text
 from kvist.server.prompts import text_prompt
 from kvist.server.served import Served, request_id_of, served_by
 from kvist.server.sse import DONE, STREAMED, EventStream, Work
@@ -119,17 +119,10 @@ async def _whole(served: Served, request: Request, work: _Completion) -> Complet
             results |= {index: delta.result for index, delta in news if delta.result is not None}
     choices = []
     for index, result in sorted(results.items()):
-        echo = work.echo(index)
-        known: list[Logprob] = [(one.token_id, one) for one in result.logprobs or ()]
-        if work.body.echo:
-            prompt = work.prompt_of(index)
-            known = [*zip(prompt, result.prompt_logprobs or (), strict=False), *known]
+        text, logprobs = _Choice(served, work, index).take(result)
         choices.append(
             TextChoice.model_construct(
-                index=index,
-                text=echo + result.text,
-                logprobs=_Offsets(served.model).logprobs(known, work.body.logprobs),
-                finish_reason=result.finish_reason,
+                index=index, text=text, logprobs=logprobs, finish_reason=result.finish_reason
             )
         )
     return CompletionAnswer(
@@ -141,26 +134,35 @@ async def _whole(served: Served, request: Request, work: _Completion) -> Complet
     )
 
 
-class _Offsets:
-    """Log-probabilities in the older shape, with each token's place in the text."""
+class _Choice:
+    """One output as the client reads it, after the prompt if that is echoed; whole or in pieces."""
 
-    def __init__(self, model: Model, place: int = 0) -> None:
-        self._model = model
-        self._place = place
+    def __init__(self, served: Served, work: _Completion, index: int) -> None:
+        tokenizer = served.model.tokenizer
+        self._model = served.model
+        self._top = work.body.logprobs
+        self._prompt = work.prompt_of(index)
+        self._echo = work.echo(index)
+        self._begun = False
+        self._hidden = frozenset() if tokenizer is None else tokenizer.special_ids
+        self._place = 0
+        # A character may be spread over tokens, and counts where it is complete.
+        self._decoder = getincrementaldecoder("utf-8")("replace")
 
-    def logprobs(self, known: Sequence[Logprob], top: int | None) -> TextLogprobs | None:
-        """The next tokens'; None where nobody asked."""
-        if top is None:
-            return None
-        tokens, offsets = [], []
-        hidden = frozenset() if self._model.tokenizer is None else self._model.tokenizer.special_ids
-        for token, _ in known:
-            text = token_text(self._model, token).text
-            tokens.append(text)
-            offsets.append(self._place)
-            self._place += 0 if token in hidden else len(text)
-        return TextLogprobs(
-            tokens=tokens,
+    def take(self, news: Delta | Result) -> tuple[str, TextLogprobs | None]:
+        """The text that a step or a result adds, and what is known of its tokens, if asked for."""
+        text = news.text if self._begun else self._echo + news.text
+        self._begun = True
+        if self._top is None:
+            return text, None
+        # Only the first news have the prompt's, and only if that is echoed.
+        known: list[Logprob] = [
+            *zip(self._prompt, news.prompt_logprobs or (), strict=False),
+            *((one.token_id, one) for one in news.logprobs or ()),
+        ]
+        written = [token_text(self._model, token) for token, _ in known]
+        return text, TextLogprobs(
+            tokens=[one.text for one in written],
             token_logprobs=[None if one is None else max(one.logprob, -9999.0) for _, one in known],
             top_logprobs=[
                 None
@@ -168,10 +170,19 @@ class _Offsets:
                 else {token_text(self._model, t).text: max(p, -9999.0) for t, p in one.top}
                 for _, one in known
             ]
-            if top
+            if self._top
             else None,
-            text_offset=offsets,
+            text_offset=[
+                self._pass(token, one) for (token, _), one in zip(known, written, strict=True)
+            ],
         )
+
+    def _pass(self, token: int, written: TokenText) -> int:
+        """Where this token begins; a special one is in the text only where the echo has it."""
+        place = self._place
+        if token not in self._hidden or self._echo.startswith(written.text, place):
+            self._place += len(self._decoder.decode(bytes(written.bytes or ())))
+        return place
 
 
 async def _stream(
@@ -180,18 +191,16 @@ async def _stream(
     body = work.body
     usage = body.stream_options is not None and body.stream_options.include_usage
     chunks = Chunks(work.id, work.created, work.model, usage=usage, kind="text_completion")
-    offsets: dict[int, _Offsets] = {}
+    choices: dict[int, _Choice] = {}
     async with aclosing(generate(served, request, work.id, work.asked, work.tally)) as steps:
         async for news in steps:
             pieces: list[str] = []
             for index, delta in news:
-                text, known = delta.text, [(one.token_id, one) for one in delta.logprobs]
-                if index not in offsets:
-                    offsets[index] = _Offsets(served.model, len(work.echo(index)))
-                    text = work.echo(index) + text
-                logprobs = offsets[index].logprobs(known, body.logprobs)
+                if index not in choices:
+                    choices[index] = _Choice(served, work, index)
+                text, logprobs = choices[index].take(delta)
                 result = delta.result
-                if text or known or result is not None:
+                if text or (logprobs and logprobs.tokens) or result is not None:
                     pieces.append(
                         chunks.text(
                             index,

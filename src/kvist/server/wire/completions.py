@@ -37,8 +37,6 @@ class CompletionRequest(Sampling):
     def _fits(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of {self.best_of} is not supported; ask for n instead")
-        if self.stream and self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs cannot be streamed; leave one of the three out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
         return self
