@@ -6,7 +6,15 @@ from torch.nn import functional as F
 
 from kvist.kernels import fp8
 from kvist.kernels.fp8 import Fp8Weight
-from kvist.kernels.linear import GemmTuning, GemvTuning, gemm, gemv, many_rows, quantize
+from kvist.kernels.linear import (
+    GemmTuning,
+    GemvTuning,
+    gemm,
+    gemv,
+    many_rows,
+    quantize,
+    stages_in,
+)
 
 EPS = 1e-6
 
@@ -78,3 +86,15 @@ def test_products_of_many_rows(rounding, device):
     w = Fp8Weight(*fp8.quantize(torch.randn(32, 64, device=device)), rounding)
     expected = fp8.linear(x, w).float()
     assert (many_rows(x, w).float() - expected).abs().max() <= expected.abs().max() / 100
+
+
+# What Triton 3.6 takes for SwiGLU of 64 rows, tiles of 64 x 64 x 128: `from_memory` 4 x 48 KiB in
+# bfloat16, otherwise 3 x 48 KiB, and twice that in float32.
+@pytest.mark.parametrize(
+    ("gpu", "kib", "stages"),
+    [("H200", 48, 4), ("H200", 96, 2), ("A100", 48, 4), ("A100", 96, 2), ("RTX 4090", 48, 3)],
+)
+def test_no_more_stages_than_shared_memory_holds(gpu, kib, stages):
+    room = {"H200": 227, "A100": 163, "RTX 4090": 99}[gpu] << 10
+    assert stages_in(room, kib << 10, 4, from_memory=gpu == "H200") == stages
+    assert (stages - (gpu != "H200")) * kib << 10 <= room

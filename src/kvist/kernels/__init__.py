@@ -7,6 +7,7 @@ imported only where `can_run` said yes. Attention's own kernels stand in `attent
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -47,3 +48,16 @@ def can_run_fp8(device: torch.device) -> bool:
 def can_launch_early(device: torch.device) -> bool:
     """Whether a kernel may start before the one before it has ended (dependent launch)."""
     return device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+
+
+@cache
+def shared_memory(index: int) -> int:
+    """Bytes of a GPU's shared memory that one program may have."""
+    properties: Any = torch.cuda.get_device_properties(index)  # not all of them in torch's stubs
+    return int(properties.shared_memory_per_block_optin)
+
+
+@cache
+def multiplies_from_memory(index: int) -> bool:
+    """Whether a GPU's products read both operands from shared memory, as Hopper's do."""
+    return _capability(index)[0] in (9, 10)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvist.kernels import fp8
+from kvist.kernels import fp8, multiplies_from_memory, shared_memory
 from kvist.kernels.elementwise import dependent_launch
 from kvist.kernels.fp8 import Fp8Weight, Weight
 from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel, widen_kernel
@@ -38,7 +38,7 @@ class GemvTuning:
 class GemmTuning:
     """A program's tile, how many programs share the K dimension, warps and pipeline stages.
 
-    A tile has no more rows than x.
+    A tile has no more rows than x, and there are no more stages than shared memory has room for.
     """
 
     block_n: int = 32
@@ -47,6 +47,19 @@ class GemmTuning:
     warps: int = 4
     stages: int = 4
     block_m: int = 128
+
+
+def stages_in(room: int, tile: int, wanted: int, *, from_memory: bool) -> int:
+    """Pipeline stages, at most those wanted, whose tiles lie side by side in shared memory.
+
+    Args:
+        room: bytes of shared memory.
+        tile: bytes that a stage loads.
+        wanted: what was measured to be the fastest where there is room.
+        from_memory: whether products read tiles there: else one stage's are in registers.
+    """
+    room -= 1024  # for the compiler's barriers
+    return max(1, min(wanted, room // tile + (not from_memory)))
 
 
 def most_rows(w: Weight, dtype: torch.dtype, *, fused: bool = False) -> int:
@@ -184,6 +197,16 @@ def gemm(
         # No tensor cores: the compiler writes each product out.
         narrow = {"BLOCK_N": 32, "BLOCK_K": 64}
         constants |= {name: min(constants[name], most) for name, most in narrow.items()}
+    if x.device.type == "cuda":
+        index = x.device.index or 0
+        values, matrices = w.values if isinstance(w, Fp8Weight) else w, 2 if silu else 1
+        width = block_m * x.itemsize + matrices * constants["BLOCK_N"] * values.itemsize
+        constants["num_stages"] = stages_in(
+            shared_memory(index),
+            width * constants["BLOCK_K"],
+            tuning.stages,
+            from_memory=multiplies_from_memory(index),
+        )
     grid = cdiv(m, block_m), cdiv(n, constants["BLOCK_N"]), tuning.splits
     if isinstance(w, Fp8Weight):
         gemm_fp8_kernel[grid](x, w.values, w.scale, out, m, **constants)

@@ -180,7 +180,9 @@ def _decode_tuning(pages: Pages, rows: int) -> Tuning:
     if pages.in_float32:
         return DECODE_FLOAT32
     kind = pages.values.kind
-    return CROWDED_PLAIN if kind == PLAIN and rows >= CROWD else DECODE[kind]
+    # Longer tiles of wider heads are more than the shared memory of smaller GPUs holds.
+    crowded = kind == PLAIN and rows >= CROWD and pages.spec.head_dim <= 128
+    return CROWDED_PLAIN if crowded else DECODE[kind]
 
 
 def decode(
