@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton
 from test_fused_step import CONFIG, SLIDING, tiny
 
 from kvist.core.params import SamplingParams
 from kvist.engine import Engine, EngineConfig
+from kvist.kernels.jit import Kernel, compile_ahead
 from kvist.llm import LLM
 from kvist.loading.model import Model
 from kvist.runner.fused import FusedStep
@@ -100,6 +102,45 @@ def test_a_row_that_is_not_finite_fails_its_own_request(device):
     assert first.finish_reason == "length"
     assert second.finish_reason == "error"
     assert "NaN" in second.error
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (4, 64)], ids=["little room", "usual"])
+@pytest.mark.parametrize("codec", ["plain", "int4"])
+def test_a_rehearsal_starts_no_kernel_and_writes_no_block_of_a_sequence(
+    codec, sizes, device, monkeypatch
+):
+    seqs, length = sizes
+    config = EngineConfig(block_size=4, max_num_seqs=seqs, max_model_len=length, codec=codec)
+    model = model_of(device, **SLIDING)
+    engine = Recorded(model, config, step=FusedStep(model.lm))
+    started, launch = [], Kernel._launch
+
+    def noted(kernel: Kernel, *arguments: object, **constants: object) -> None:
+        started.append(kernel.function.__name__)
+        launch(kernel, *arguments, **constants)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a rehearsal compiles")
+
+    monkeypatch.setattr(Kernel, "_launch", noted)
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+        monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", never)
+    planes = [
+        plane.view(torch.uint8)[1:]
+        for pool in engine.pool.pools
+        for sides in pool.planes.values()
+        for side in sides.values()
+        for plane in side.values()
+    ]
+    before = [plane.clone() for plane in planes]
+    with torch.inference_mode():
+        compile_ahead(engine.runner._rehearse)
+    assert all(torch.equal(a, b) for a, b in zip(planes, before, strict=True))
+    assert {"split_kernel", "rotary_kernel", "gemv_kernel", "place_kernel", "choose_kernel"} <= set(
+        started
+    )
 
 
 def test_reference_steps_are_not_recorded(device):

@@ -2,20 +2,27 @@
 
 import pytest
 import torch
+import triton
 
-from kvist.kernels.jit import Kernel, cdiv, kind_of, next_power_of_2
+from kvist.kernels.jit import Kernel, cdiv, compile_ahead, kind_of, next_power_of_2
 
 X = torch.zeros(64)
 
 
 class Code:
-    """Machine code that notes how it is started."""
+    """Machine code that notes how it is loaded and started."""
 
-    def __init__(self, started: list) -> None:
-        self.started = started
+    def __init__(self, started: list, loaded: list | None = None) -> None:
+        self.started, self.loaded = started, loaded
 
     def __getitem__(self, grid):
         return lambda *arguments: self.started.append((grid, arguments))
+
+    @property
+    def run(self):
+        if self.loaded is None:
+            raise RuntimeError("out of resource: shared memory")
+        self.loaded.append(self)
 
 
 class Function:
@@ -33,6 +40,9 @@ class Function:
 
         return launch
 
+    def warmup(self, code, *, grid):
+        return code
+
 
 def test_what_is_known_is_started_with_constants_in_the_kernels_order():
     function = Function()
@@ -41,8 +51,8 @@ def test_what_is_known_is_started_with_constants_in_the_kernels_order():
     assert len(function.compiled) == 1
     assert not function.started
     kernel[(5, 2)](X, 7, NORM=True, BLOCK=64, num_warps=4)
-    kernel[(1,)](X, 8, NORM=True, BLOCK=64, num_warps=4)
-    assert [arguments[1] for _, arguments, _ in function.compiled] == [7, 8]
+    kernel[(1,)](X, 16, NORM=True, BLOCK=64, num_warps=4)
+    assert [arguments[1] for _, arguments, _ in function.compiled] == [7, 16]
     (grid, (x, n, block, norm)), *_ = function.started
     assert (grid, n, block, norm) == ((5, 2, 1), 7, 64, True)
     assert x is X
@@ -69,6 +79,43 @@ def test_what_triton_compiles_anew_is_of_another_kind(other):
     usual = kind_of((X, 32), constants)
     assert usual == kind_of((X[4:], 48), constants)
     assert usual != kind_of(arguments, constants | changes)
+
+
+@pytest.fixture
+def _one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_what_is_compiled_ahead_is_loaded_once_and_not_started():
+    function, loaded = Function(), []
+    kernel, small, large = Kernel(function), Code([], loaded), Code([])
+
+    def rehearsal() -> None:
+        for code in (small, large, small):
+            kernel[(1,)](code)
+
+    compile_ahead(rehearsal)
+    assert loaded == [small]
+    assert not function.compiled
+    kernel[(1,)](X, 7, NORM=True, BLOCK=64)
+    assert len(function.compiled) == 1
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_compiling_ahead_can_be_interrupted(monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    function = Function()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.AsyncCompileMode, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compile_ahead(lambda: None)
+    Kernel(function)[(1,)](X, 7, NORM=True, BLOCK=64)
+    assert len(function.compiled) == 1
+    compile_ahead(lambda: None)
 
 
 def test_sizes():

@@ -7,10 +7,10 @@ can be compiled side by side before (`compile_ahead`). Imports Triton.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -29,39 +29,42 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-_WHOLE = 16  # bytes to which addresses, and units to which counts, are aligned or not
-
-
+WHOLE = 16  # bytes to which addresses, and units to which counts, are aligned or not
 MOST_THREADS = 16
 
-_ahead: ContextVar[list[Any] | None] = ContextVar("_ahead", default=None)
+_ahead: ContextVar[set[Any] | None] = ContextVar("_ahead", default=None)
 
 
-@contextmanager
-def compile_ahead() -> Iterator[None]:
-    """Within it kernels are compiled instead of launched; at its end all of them can be launched.
+def compile_ahead(rehearsal: Callable[[], None]) -> None:
+    """Run it with kernels compiled instead of launched; behind it all of them can be launched.
 
     By as many threads as there are cores: the compiler lets go of Python's lock. What is on disk
-    from an earlier process is loaded. A kernel that cannot be compiled says so when it is launched.
+    from an earlier process is loaded. A kernel that cannot be compiled, or is too large for the
+    device, says so when it is launched.
     """
-    made: list[Any] = []
-    device = torch.cuda.current_device()
+    # In a context of its own: wherever it is interrupted, nothing stays in this mode.
+    copy_context().run(_compile_ahead, rehearsal)
 
-    def load(compiled: Any) -> None:
-        torch.cuda.set_device(device)  # of this thread
-        if hasattr(compiled, "result"):
-            compiled = compiled.result(ignore_errors=True)
-        if compiled is not None:
-            compiled.run  # noqa: B018  # what starts it is compiled when first asked for
 
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        token = _ahead.set(made)
-        try:
-            with triton.AsyncCompileMode(threads, ignore_errors=True):
-                yield
-        finally:
-            _ahead.reset(token)
-        list(threads.map(load, made))
+def _compile_ahead(rehearsal: Callable[[], None]) -> None:
+    made: set[Any] = set()
+    _ahead.set(made)
+    threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    try:
+        with triton.AsyncCompileMode(threads, ignore_errors=True):
+            rehearsal()
+        list(threads.map(partial(_load, torch.cuda.current_device()), made))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _load(device: int, compiled: Any) -> None:
+    """What starts a kernel is compiled, too, and its machine code loaded when first asked for."""
+    torch.cuda.set_device(device)  # of this thread
+    if hasattr(compiled, "result"):
+        compiled = compiled.result(ignore_errors=True)
+    with suppress(Exception):
+        compiled.run  # noqa: B018
 
 
 class Kernel:
@@ -85,7 +88,7 @@ class Kernel:
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         if (made := _ahead.get()) is not None:
-            made.append(self.function.warmup(*arguments, grid=grid, **constants))
+            made.add(self.function.warmup(*arguments, grid=grid, **constants))
             return
         key = kind_of(arguments, constants)
         found = self._found.get(key)
@@ -109,9 +112,10 @@ def kind_of(arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, .
     for argument in arguments:
         if isinstance(argument, Tensor):
             kind.append(argument.dtype)
-            kind.append(argument.data_ptr() % _WHOLE)
+            kind.append(argument.data_ptr() % WHOLE == 0)
         elif isinstance(argument, int):
-            kind.append((type(argument), argument % _WHOLE, argument == 1, argument >> 31))
+            whole = argument % WHOLE == 0
+            kind.append((type(argument), whole, argument == 1, argument >> 31))
         else:
             kind.append(type(argument))
     kind.append(arguments[0].get_device())

@@ -94,16 +94,21 @@ class PagedRunner:
             return
         from kvist.kernels.jit import compile_ahead
 
+        with self._on_device:
+            compile_ahead(self._rehearse)
+
+    def _rehearse(self) -> None:
+        """Start what first requests will, on blocks that nobody has: prompts and a decode step."""
+        assert isinstance(self.step, FusedStep)
         most = min(self.pool.max_tokens, self.pool.max_blocks * self.pool.block_size)
-        with self._on_device, compile_ahead():
-            for count in {min(n, most) for n in PROMPTS}:
-                batch = Batch.pack(
-                    [[0] * count], [0], device=self.pool.device, slots=[self.pool.null_slot]
-                )
-                binding = self.pool.bind(batch, backend=self.backend)
-                self.sampler.rehearse(self.step.rehearse(batch, binding).float())
-            if self._graphs is not None:
-                self._graphs.rehearse()
+        for count in {min(n, most) for n in PROMPTS}:
+            batch = Batch.pack(
+                [[0] * count], [0], device=self.pool.device, slots=[self.pool.null_slot]
+            )
+            binding = self.pool.bind(batch, backend=self.backend)
+            self.sampler.rehearse(self.step.rehearse(batch, binding).float())
+        if self._graphs is not None:
+            self._graphs.rehearse()
 
     def execute(self, plan: Plan) -> Ticket:
         """Start a step; see `core.plan` for the order in which a plan's parts count."""
