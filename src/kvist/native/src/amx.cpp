@@ -23,6 +23,11 @@ namespace {
 constexpr int CHUNK = 3;  // blocks that are spread out before the unit meets them
 constexpr float CUT = 0x1p-8f * 0.7213475f;  // the mean of 1 / m is that, where log m is even in [1, 2)
 
+// Bytes from one pair of columns to the next. A lone row's stand side by side, for a dword in each of
+// many cache lines would leave the first cache no room for weights. (Loads of 2 to 8 rows side by side
+// are slower than that.)
+inline int pitch_of(const Activations& x) { return x.lone ? 4 : 64; }
+
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations: one column of them, or 16.
 TileShapes shapes_for(int rows) {
     TileShapes shapes;
@@ -98,14 +103,15 @@ template <Kind KIND> inline void spread(const Groups& groups, int begin, int end
 }
 
 inline uint8_t* tile_of(const Activations& x, int row, int block) {
-    return (uint8_t*)x.tiles + ((int64_t)(row / ROW_TILE) * (x.columns / BLOCK) + block) * TILE_BYTES;
+    const int64_t tile = (int64_t)(row / ROW_TILE) * (x.columns / BLOCK) + block;
+    return (uint8_t*)x.tiles + tile * (BLOCK / 2) * pitch_of(x);
 }
 
 // Sums of two groups and of one or two tiles of rows go on over a block.
 template <int TILES>
 inline void multiply(const uint8_t* weights, const Activations& x, int row, int block) {
     _tile_loadd(4, weights, 64);
-    _tile_loadd(6, tile_of(x, row, block), 64);
+    _tile_loadd(6, tile_of(x, row, block), pitch_of(x));
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, weights + TILE_BYTES, 64);
     _tile_dpbf16ps(1, 5, 6);
@@ -224,9 +230,10 @@ void linear_of(const Matrix& matrix, int begin, int end, const Activations& x, i
 
 // 32 values of one row -> a block of its tile.
 inline void put_row_block(Floats low, Floats high, const Activations& to, int row, int block) {
+    int32_t* at = (int32_t*)tile_of(to, row, block) + row % ROW_TILE;
+    if (to.lone) return _mm512_store_si512(at, rounded(low, high));
     const __m512i places = _mm512_slli_epi32(
         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
-    int32_t* at = (int32_t*)tile_of(to, row, block) + row % ROW_TILE;
     _mm512_i32scatter_epi32(at, places, rounded(low, high), 4);
 }
 
@@ -238,12 +245,13 @@ struct ToHidden {
 
     int parts(int rows) const { return one ? 1 : rows > ROW_TILE ? 16 : 8; }
     void part(const Sums& sums, int row, int, int i) const {
-        uint8_t* tile = tile_of(to, row + i / 8 * ROW_TILE, block) + half * (TILE_BYTES / 2);
+        const int pitch = pitch_of(to);
+        uint8_t* tile = tile_of(to, row + i / 8 * ROW_TILE, block) + half * 8 * pitch;
         if (one) {
             const Floats hidden = silu(load(sums.tiles[0])) * load(sums.tiles[1]);
             alignas(32) int32_t pairs[8];
             _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(hidden.v));
-            for (int pair = 0; pair < 8; pair++) memcpy(tile + 64 * pair, pairs + pair, 4);
+            for (int pair = 0; pair < 8; pair++) memcpy(tile + pitch * pair, pairs + pair, 4);
             return;
         }
         const float *gate = sums.tiles[i / 8 * 2] + i % 8 * 2 * ROW_TILE;

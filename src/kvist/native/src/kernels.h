@@ -61,6 +61,7 @@ struct Activations {
     float* floats;    // [rows, columns] instead, where weights are floats
     uint16_t* tiles;  // bfloat16 instead, for matrix units: see amx.cpp
     int32_t columns;
+    bool lone = false;  // one row in all, whose tiles have one column
 
     int64_t block_at(int row, int block) const {
         return ((int64_t)(row / ROW_TILE) * (columns / BLOCK) + block) * ROW_TILE + row % ROW_TILE;

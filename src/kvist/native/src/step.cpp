@@ -218,6 +218,7 @@ class Pass {
         const bool few = rows <= FEW_ROWS;
         Activations to = few ? w.own[t] : w.shared;
         to.columns = columns;
+        to.lone = rows == 1;
         auto make_all = [&](Share part) {
             for (int64_t r = part.begin; r < part.end; r++) make(to, (int)r);
         };
@@ -296,7 +297,8 @@ class Pass {
         const Activations from = normed(t, layer.post_norm);
         const Matrix &gate = layer.matrices[GATE], &down = layer.matrices[DOWN];
         const Share rows = rows_of(t);
-        const Activations hidden = w.intermediate.from(rows.begin);
+        Activations hidden = w.intermediate.from(rows.begin);
+        hidden.lone = rows_ == 1;
         deal_groups(t, s.intermediate / BLOCK, 1, [&](Share blocks) {
             if (rows.begin < rows.end)
                 k.gate_up(gate, layer.matrices[UP], (int)blocks.begin, (int)blocks.end, from,

@@ -37,7 +37,8 @@ extern "C" __attribute__((visibility("default"))) int32_t kvist_test_linear(
                          isum.data(),
                          floats.empty() ? nullptr : floats.data(),
                          (uint16_t*)arena.take(room * columns * 2),
-                         columns};
+                         columns,
+                         rows == 1};
     for (int r = 0; r < rows; r++) kernels->quantise(x + (int64_t)r * columns, to, r);
     kernels->linear(matrix, 0, matrix.groups, to, rows, out, (int64_t)matrix.groups * LANES, false,
                     scratch);
