@@ -89,6 +89,9 @@ class DecodeGraphs:
         self._memory: Any = None  # shared by all recordings
         capacity, on_gpu = self.buckets[-1], pool.device.type == "cuda"
         self._upload = torch.zeros(_ROWS, capacity, dtype=torch.int64, device=pool.device)
+        # Ids and positions. Zeros at first, since a rehearsal places nothing and yet looks ids up.
+        self._placed = torch.zeros(2, capacity, dtype=torch.int64, device=pool.device)
+        self._every_row = torch.arange(capacity, device=pool.device)
         # What the host writes for one step must stay until it was copied: uploads take turns.
         self._sources = [
             torch.zeros(_ROWS, capacity, dtype=torch.int64, pin_memory=on_gpu)
@@ -201,14 +204,13 @@ class DecodeGraphs:
         from kvist.kernels.sampling import sample
 
         pool, device = self.pool, self.pool.device
-        # Zeros, since a rehearsal places nothing: what it reads must be ids.
-        ids, positions = torch.zeros(2, bucket, dtype=torch.int64, device=device)
+        ids, positions = self._placed[:, :bucket]
         batch = Batch(
             token_ids=ids,
             positions=positions,
             query_lens=(1,) * bucket,
             kv_lens=(context,) * bucket,
-            logit_rows=self._every_row(bucket),
+            logit_rows=self._every_row[:bucket],
             slots=(pool.null_slot,) * bucket,
         )
         binding = pool.bind_unfilled(batch, backend=self.backend)
@@ -238,6 +240,3 @@ class DecodeGraphs:
             last=self.last,
         )
         return out
-
-    def _every_row(self, bucket: int) -> Tensor:
-        return torch.arange(bucket, device=self.pool.device)
