@@ -18,6 +18,14 @@ def test_new_tokens_go_on_behind_what_is_cached():
     assert batch.cached_lens == tuple(CACHED)
 
 
+def test_one_new_token_each():
+    batch = Batch.pack([[5], [6]], [3, 0])
+    assert batch.token_ids.tolist() == [5, 6]
+    assert batch.positions.tolist() == [3, 0]
+    assert batch.sequence_index.tolist() == batch.logit_rows.tolist() == [0, 1]
+    assert batch.lasts_only
+
+
 @pytest.mark.parametrize(
     ("logits", "rows"), [("all", [0, 1, 2, 3, 4, 5]), ("none", []), ([4, 0], [4, 0])], ids=str
 )

@@ -60,7 +60,8 @@ class Batch:
         embeddings: `[N, hidden]` instead of the ids' own embeddings (images, soft prompts).
         rope_positions: `[N]` or `[axes, N]` where rotation does not follow `positions`.
         lasts_only: whether `logit_rows` are known to be the last of every sequence, in order.
-        owners: `sequence_index`, where it is known already.
+        owners: `sequence_index`, where it is known already. Both follow from `query_lens` and
+            `logit_rows`: `dataclasses.replace` these together.
     """
 
     token_ids: Tensor
@@ -101,7 +102,7 @@ class Batch:
         for new in tokens:
             flat += array("q", new)
         # New tokens of sequence b take the positions [cached[b], cached[b] + query_lens[b]).
-        if total == len(ends) == sum(map(bool, query_lens)):  # one each, and quickly
+        if query_lens == (1,) * total:  # without numpy, which so few numbers would wait for
             flat.extend(cached)
             flat.extend(range(total))
         else:
