@@ -1,9 +1,21 @@
 """Launches of one kind start the machine code that Triton found for the first of them."""
 
+import inspect
+
 import pytest
 import torch
 import triton
+from triton.backends.nvidia.compiler import CUDABackend
 
+from kvist.attention.kernels import decode_kernels, prefill_kernels
+from kvist.kernels import (
+    elementwise_kernels,
+    fp8_kernels,
+    inputs,
+    linear_kernels,
+    logprob_kernels,
+    sampling_kernels,
+)
 from kvist.kernels.jit import Kernel, cdiv, compile_ahead, kind_of, next_power_of_2
 
 X = torch.zeros(64)
@@ -121,3 +133,38 @@ def test_compiling_ahead_can_be_interrupted(monkeypatch):
 def test_sizes():
     assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [next_power_of_2(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+@pytest.mark.parametrize("specialised", [True, False])
+def test_a_kind_tells_apart_all_that_triton_does(specialised):
+    specialise = getattr(triton.runtime.jit, "native_specialize_impl", None)
+    if specialise is None:
+        pytest.skip("this Triton specialises elsewhere")
+    edges = (1 << 31, 1 << 32, 1 << 63)
+    counts = [near for n in (0, *edges) for near in (n - 16, n - 1, n, n + 1, n + 16)]
+    others = [-1 << 31, (-1 << 31) - 1, 15, 17, True, False, 0.0, 1.0, None]
+    tensors = [X, X[1:], X[4:], X.double(), X.bfloat16(), X.to(torch.float8_e4m3fn), X.int()]
+    found: dict[tuple, tuple] = {}
+    for argument in (*counts, *others, *tensors):
+        theirs = specialise(CUDABackend, argument, False, specialised, True)
+        assert found.setdefault(kind_of((X, argument), {}), theirs) == theirs
+
+
+def test_kernels_take_constants_behind_all_else_and_none_by_default():
+    modules = (
+        decode_kernels,
+        prefill_kernels,
+        elementwise_kernels,
+        fp8_kernels,
+        inputs,
+        linear_kernels,
+        logprob_kernels,
+        sampling_kernels,
+    )
+    kernels = {k for m in modules for k in vars(m).values() if isinstance(k, Kernel)}
+    assert len(kernels) >= len(modules)
+    for kernel in kernels:
+        parameters = inspect.signature(kernel.function.fn).parameters.values()
+        constant = ["constexpr" in str(p.annotation) for p in parameters]
+        assert constant == sorted(constant), kernel.function.__name__
+        assert all(p.default is p.empty for p in parameters), kernel.function.__name__

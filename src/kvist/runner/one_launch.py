@@ -33,10 +33,9 @@ from kvist.kernels.cuda.one_launch import (
 from kvist.models.decoder import Decoder
 from kvist.runner.fused import FusedStep, LayerWeights
 
-ARCH = "sm_90"  # the one that it was measured on
 log = logging.getLogger("kvist")
 
-
+ARCH = "sm_90"  # the one that it was measured on
 # Of this many channels or fewer, products are so short that 8 warps do them as fast as 16 and leave
 # more registers to each; in longer contexts than this attention then wants the fused kernels.
 SMALL, SMALL_LONGEST = 1024, 1024

@@ -275,12 +275,12 @@ class TokensTicket:
     def result(self) -> StepOutput:
         """See `Ticket`."""
         if self._output is None:
-            rows = dict(zip(self._order, self._read(), strict=True))
-            outputs = [
-                RowOutput((rows[i],)) if rows[i] >= 0 else RowOutput(fault=NOT_FINITE)
-                for i in range(len(rows))
+            tokens = dict(zip(self._order, self._read(), strict=True))
+            rows = [
+                RowOutput((tokens[i],)) if tokens[i] >= 0 else RowOutput(fault=NOT_FINITE)
+                for i in range(len(tokens))
             ]
-            self._output = StepOutput(self._step, tuple(outputs))
+            self._output = StepOutput(self._step, tuple(rows))
         return self._output
 
 
