@@ -163,6 +163,7 @@ class Engine:
         self._depth = 2 if overlap else 1
         self.on_step: Callable[[StepTimes], None] | None = None
         self._open_books()
+        self.runner.prepare()
 
     def _open_books(self) -> None:
         """Scheduler, block manager and runner over the pool: nothing runs, nothing is cached."""
@@ -196,7 +197,6 @@ class Engine:
             encode=None if model.vision is None else self._encode,
             mask_of=self._mask_of,
         )
-        self.runner.prepare()
         self._under_way: deque[tuple[Plan, Ticket, float, float]] = deque()
 
     def add(self, request: Request) -> None:

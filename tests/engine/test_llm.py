@@ -13,6 +13,7 @@ from kvist import LLM, SamplingParams, SlidingWindow
 from kvist.cache import Batch, KVCache
 from kvist.errors import ConfigError, ContextTooLong, NotSupported, RequestError
 from kvist.loading.model import Model
+from kvist.runner.runner import PagedRunner
 from kvist.runner.step import model_step
 from tiny_models import CountingStep, reference, tiny
 
@@ -361,8 +362,10 @@ def test_a_prompt_longer_than_the_engine_takes_is_refused_with_both_numbers() ->
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_after_a_step_was_broken_off_the_next_call_is_served(
-    overlap: bool, error: BaseException
+    overlap: bool, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rehearsed: list[PagedRunner] = []
+    monkeypatch.setattr(PagedRunner, "prepare", lambda runner: rehearsed.append(runner))
     llm = small(overlap=overlap, room=1.3, host_cache=1 << 16)
     expected = kvist.generate(tiny(), PROMPTS, GREEDY)
     for calls in (0, 1, 4, 9):
@@ -373,6 +376,7 @@ def test_after_a_step_was_broken_off_the_next_call_is_served(
         assert_idle(llm.engine)
         poison(llm.engine, free_only=True)
         assert tokens(llm.generate(PROMPTS, GREEDY)) == tokens(expected)
+    assert len(rehearsed) == 1, "memory may have run out: nothing is tried but what is asked for"
 
 
 def test_bad_input_is_refused_before_anything_runs(model: Model) -> None:
