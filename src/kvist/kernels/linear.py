@@ -205,7 +205,7 @@ def gemm(
             shared_memory(index),
             width * constants["BLOCK_K"],
             tuning.stages,
-            from_memory=multiplies_from_memory(index),
+            from_memory=multiplies_from_memory(index) and x.dtype != torch.float32,
         )
     grid = cdiv(m, block_m), cdiv(n, constants["BLOCK_N"]), tuning.splits
     if isinstance(w, Fp8Weight):
