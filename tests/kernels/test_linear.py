@@ -88,8 +88,8 @@ def test_products_of_many_rows(rounding, device):
     assert (many_rows(x, w).float() - expected).abs().max() <= expected.abs().max() / 100
 
 
-# Of SwiGLU at 64 rows, whose tile of 64 x 64 x 128 is 48 KiB in bfloat16, Triton 3.6 holds all stages
-# in an H200's shared memory, otherwise, and in float32, all but one.
+# Of SwiGLU at 64 rows, whose tile of 64 x 64 x 128 is 48 KiB in bfloat16, Triton 3.6 holds all
+# stages in an H200's shared memory; in others, and in float32, all but one.
 @pytest.mark.parametrize(
     ("room", "tile", "from_memory", "stages"),
     [(227, 48, True, 4), (227, 96, False, 3), (163, 48, False, 4), (99, 48, False, 3)],
