@@ -116,7 +116,7 @@ def emulate(
     monkeypatch.setattr(one_launch, "SPIN_LIMIT", 5_000)
     monkeypatch.setattr(one_launch, "shape_of", lambda lm: shape)
     monkeypatch.setattr(one_launch, "compiled", lambda *_: library)
-    monkeypatch.setattr(one_launch, "_refused_device", lambda _: None)
+    monkeypatch.setattr(one_launch, "_refused_device", lambda *_: None)
     monkeypatch.setattr(one_launch, "_refused_build", lambda _: None)
     monkeypatch.setattr(one_launch.torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(

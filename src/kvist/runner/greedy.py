@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["finite_rows", "largest", "with_largest"]
+__all__ = ["all_finite", "finite_rows", "largest", "with_largest"]
 
 
 def with_largest(logits: Tensor, found: Sequence[int]) -> Tensor:
@@ -47,3 +47,8 @@ def finite_rows(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         return logits.amax(dim=-1).isfinite()
     return torch.from_numpy(np.isfinite(logits.numpy().max(axis=-1)))
+
+
+def all_finite(logits: Tensor) -> bool:
+    """Whether every row of `[R, vocab]` can be sampled from; asked for each token, so quickly."""
+    return _known(logits) is not None or bool(finite_rows(logits).numpy(force=True).all())

@@ -87,7 +87,7 @@ class OneLaunchStep(FusedStep):
         reason = (
             self.shape.refusal()
             or _refused_depth(len(self.layers))
-            or _refused_device(pool.device)
+            or _refused_device(pool.device, self.shape.blocks)
             or _refused_pool(pool, self.shape)
             or _refused_weights(self)
             or _refused_build(self.shape)
@@ -211,11 +211,14 @@ def _layer(layer: LayerWeights, keys: Tensor, values: Tensor) -> Layer:
     return Layer(*(one.data_ptr() if isinstance(one, Tensor) else None for one in tensors))
 
 
-def _refused_device(device: torch.device) -> str | None:
+def _refused_device(device: torch.device, blocks: int) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, not {device}"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability == (9, 0) else f"it runs on compute capability 9.0, not {capability}"
+    if capability != (9, 0):
+        return f"it runs on compute capability 9.0, not {capability}"
+    found = torch.cuda.get_device_properties(device).multi_processor_count
+    return None if found >= blocks else f"{found} multiprocessors for its {blocks} blocks"
 
 
 def _refused_build(shape: Shape) -> str | None:

@@ -19,7 +19,7 @@ from kvist.core.results import TokenLogprob
 from kvist.errors import NumericalError
 from kvist.kernels import can_run
 from kvist.runner.filter_first import filter_then_temperature
-from kvist.runner.greedy import finite_rows, largest
+from kvist.runner.greedy import all_finite, finite_rows, largest
 
 
 @dataclass
@@ -251,9 +251,8 @@ def check_finite(logits: Tensor, name: Callable[[int], str], step: int) -> None:
     Raises:
         NumericalError: names the step and the first such row's owner.
     """
-    finite = finite_rows(logits)
-    if not finite.numpy(force=True).all():  # a torch call less for each token
-        row = int(finite.logical_not().nonzero()[0, 0])
+    if not all_finite(logits):
+        row = int(finite_rows(logits).logical_not().nonzero()[0, 0])
         raise NumericalError(
             f"the logits of {name(row)} are NaN or infinite at step {step}; the weights may be "
             "damaged, or dtype too narrow for this model: try dtype='float32'"

@@ -95,9 +95,14 @@ class Shape:
     members: int = 16
     warps: int = 16
 
+    @property
+    def blocks(self) -> int:
+        """Of the grid, all there at once, each on a multiprocessor of its own."""
+        return self.kv_heads * self.members
+
     def refusal(self) -> str | None:
         """Why the kernel does not fit this shape, in one line; None where it does."""
-        blocks, share = self.kv_heads * self.members, 32 * max(self.members, self.warps)
+        blocks, share = self.blocks, 32 * max(self.members, self.warps)
         if self.head_dim != 128:
             return f"head_dim is {self.head_dim}, not 128"
         if self.kv_heads != 8:
