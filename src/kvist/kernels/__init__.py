@@ -7,7 +7,6 @@ imported only where `can_run` said yes. Attention's own kernels stand in `attent
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -52,9 +51,10 @@ def can_launch_early(device: torch.device) -> bool:
 
 @cache
 def shared_memory(index: int) -> int:
-    """Bytes of a GPU's shared memory that one program may have."""
-    properties: Any = torch.cuda.get_device_properties(index)  # not all of them in torch's stubs
-    return int(properties.shared_memory_per_block_optin)
+    """Bytes of a GPU's shared memory that one program may have, as Triton counts them."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @cache
