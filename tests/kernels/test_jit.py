@@ -1,24 +1,26 @@
 """Launches of one kind start the machine code that Triton found for the first of them."""
 
 import inspect
+from importlib import import_module
 
 import pytest
 import torch
 import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
-from kvist.attention.kernels import decode_kernels, prefill_kernels
-from kvist.kernels import (
-    elementwise_kernels,
-    fp8_kernels,
-    inputs,
-    linear_kernels,
-    logprob_kernels,
-    sampling_kernels,
-)
 from kvist.kernels.jit import Kernel, cdiv, compile_ahead, kind_of, next_power_of_2
 
 X = torch.zeros(64)
+MODULES = (  # that define kernels
+    "attention.kernels.decode_kernels",
+    "attention.kernels.prefill_kernels",
+    "kernels.elementwise_kernels",
+    "kernels.fp8_kernels",
+    "kernels.inputs",
+    "kernels.linear_kernels",
+    "kernels.logprob_kernels",
+    "kernels.sampling_kernels",
+)
 
 
 class Code:
@@ -151,16 +153,7 @@ def test_a_kind_tells_apart_all_that_triton_does(specialised):
 
 
 def test_kernels_take_constants_behind_all_else_and_none_by_default():
-    modules = (
-        decode_kernels,
-        prefill_kernels,
-        elementwise_kernels,
-        fp8_kernels,
-        inputs,
-        linear_kernels,
-        logprob_kernels,
-        sampling_kernels,
-    )
+    modules = [import_module(f"kvist.{name}") for name in MODULES]
     kernels = {k for m in modules for k in vars(m).values() if isinstance(k, Kernel)}
     assert len(kernels) >= len(modules)
     for kernel in kernels:

@@ -7,15 +7,10 @@ import torch
 from torch import Tensor
 
 from kvist.kernels.elementwise_kernels import norm_kernel, rotary_kernel, silu_mul_kernel
-from kvist.kernels.jit import cdiv, next_power_of_2
+from kvist.kernels.jit import cdiv, dependent_launch, next_power_of_2
 
 FEW, MANY = 32, 512  # tokens
 INT8 = 2  # a number format of `encode_kernels`
-
-
-def dependent_launch(dependent: bool) -> dict[str, bool]:
-    """Launch options of a kernel that may start before the one before it has ended."""
-    return {"launch_pdl": True} if dependent else {}
 
 
 def rms_norm(

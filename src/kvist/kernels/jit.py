@@ -20,13 +20,21 @@ from torch import Tensor
 
 
 def cdiv(a: int, b: int) -> int:
-    """A / b, rounded up. Triton's own can also be called in kernels, and takes 3 us for it."""
+    """The quotient of a and b, rounded up.
+
+    Triton's own can also be called in kernels, and takes 3 us for it.
+    """
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n, which is at least 1."""
     return 1 << (n - 1).bit_length()
+
+
+def dependent_launch(dependent: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may start before the one before it has ended."""
+    return {"launch_pdl": True} if dependent else {}
 
 
 WHOLE = 16  # bytes to which addresses, and units to which counts, are aligned or not

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvist.kernels import fp8, multiplies_from_memory, shared_memory
-from kvist.kernels.elementwise import dependent_launch
 from kvist.kernels.fp8 import Fp8Weight, Weight
 from kvist.kernels.fp8_kernels import gemm_fp8_kernel, quantize_kernel, widen_kernel
-from kvist.kernels.jit import cdiv, next_power_of_2
+from kvist.kernels.jit import cdiv, dependent_launch, next_power_of_2
 from kvist.kernels.linear_kernels import ADD, SILU, STORE, gemm_kernel, gemv_kernel
 
 MOST_ROWS = 64

@@ -129,8 +129,8 @@ class DecodeGraphs:
         """
         count, longest = len(rows), 1 + max(row.start for row in rows)
         bucket = next(b for b in self.buckets if b >= count)
-        contexts = sorted({*CONTEXTS, *self.step.limits(bucket)})
-        context = next((n for n in contexts if n >= longest), 1 << longest.bit_length())
+        contexts = (n for n in (*CONTEXTS, *self.step.limits(bucket)) if n >= longest)
+        context = min(contexts, default=1 << longest.bit_length())
         key = bucket, context, kind, self.step.variant(bucket, context)
         recording = self._recordings.get(key)
         if recording is None:

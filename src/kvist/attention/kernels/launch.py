@@ -17,8 +17,7 @@ from kvist.attention.kernels.formats import FP8, INT4, INT8, PLAIN, Format
 from kvist.attention.kernels.prefill_kernels import prefill_kernel
 from kvist.cache.batch import Batch, int_tensor
 from kvist.core.spec import AttentionSpec
-from kvist.kernels.elementwise import dependent_launch
-from kvist.kernels.jit import cdiv, next_power_of_2
+from kvist.kernels.jit import cdiv, dependent_launch, next_power_of_2
 
 LOG2_E = 1.4426950408889634
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -216,7 +215,6 @@ def decode(
     heads, count = q.shape[1], pages.kv_lens.shape[0]
     tuning = tuning or _decode_tuning(pages, count)
     splits = splits or splits_for(count)
-    group = heads // pages.spec.num_kv_heads
     kv_heads = pages.spec.num_kv_heads
     constants = pages.constants(heads)
     common = {
@@ -243,7 +241,7 @@ def decode(
         work.max_splits,
         scale * LOG2_E,
         **{**constants, **common},
-        ROWS=max(16, next_power_of_2(group)),
+        ROWS=max(16, next_power_of_2(heads // kv_heads)),
         TILE=tuning.tile,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
