@@ -204,12 +204,12 @@ def bench_compiled(kind: str, block_size: int = 32) -> None:
             q = torch.randn(batch, heads, dim, device="cuda").bfloat16()
             out = torch.full_like(q, torch.nan)
             splits = splits_for(batch)
-            work = Workspace.make(pages, heads, most_splits(pages, lengths, splits))
+            work = Workspace.make(pages, heads, most_splits(pages, max(lengths), splits))
             calls: dict[str, Callable[[], None]] = {
                 "Triton": lambda: decode(q, pages, out, work, dim**-0.5, ragged=False)
             }
             if compiled.can_decode(q, pages, rotate=False):
-                most = most_splits(pages, lengths, compiled.splits_for(batch))
+                most = most_splits(pages, max(lengths), compiled.splits_for(batch))
                 plan = compiled.make_plan(pages, heads, most, ragged=False)
                 calls["CUDA C++"] = lambda: compiled.decode(q, pages, out, plan, dim**-0.5)
             for by, call in calls.items():
@@ -315,7 +315,8 @@ def bench_prefill(length: int = 8192, block_size: int = 32) -> None:
             if model == "8b":
                 variants = variants[:1]
             for tuning, rows in variants:
-                runs = prefill_work(batch, prefill_queries(heads, kv_heads, rows), q.device)
+                queries = prefill_queries(heads, kv_heads, rows)
+                runs = prefill_work(batch, queries, q.device, range(batch.num_sequences))
                 out = torch.full_like(q, torch.nan)
                 name = {"tile": tuning.tile, "warps": tuning.warps, "stages": tuning.stages,
                         "rows": rows}  # fmt: skip

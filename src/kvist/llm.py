@@ -94,7 +94,8 @@ class LLM:
             max_length=self.engine.max_length,
         )
         try:
-            for job in jobs:
+            # The last to end began early, and others' prompts are computed beside its decoding.
+            for job in sorted(jobs, key=lambda job: -job.request.params.max_tokens):
                 self._desk.add(job)
             with _bar(sum(len(job.samples) for job in jobs), shown=progress) as bar:
                 while self.engine.has_unfinished:

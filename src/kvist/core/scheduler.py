@@ -41,6 +41,10 @@ from kvist.core.timeline import Timeline
 from kvist.errors import KvistError, RequestError
 
 
+def _by_start(entry: Entry) -> int:
+    return entry.row.start
+
+
 class ContinuousScheduler:
     """Implements `protocols.Scheduler`.
 
@@ -152,7 +156,9 @@ class ContinuousScheduler:
             if state.slot is not None:
                 self._plan(build, state)
         self._admit_waiting(build)
-        entries = build.short + build.long
+        # Attention's programs start in the order of rows: the longest first, so that none of them
+        # is left alone at the end.
+        entries = sorted(build.short, key=_by_start, reverse=True) + build.long
         encodes, dropped = self._images.collect()
         released, admitted = self._roster.collect()
         self._totals.computed_tokens += self.config.max_batch_tokens - build.budget

@@ -139,11 +139,8 @@ class PagedRunner:
             batch, targets, samples = self._batch(rows)
             logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
         elif all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
-            # Attention's programs start in the order of rows: the longest first, so that none of
-            # them is left alone at the end.
-            order = sorted(range(len(rows)), key=lambda i: -rows[i].start)
-            tokens = self._graphs.run([rows[i] for i in order], self._graphs.kind_of(rows))
-            return TokensTicket(plan.step, read_later(tokens), order)
+            tokens = self._graphs.run(rows, self._graphs.kind_of(rows))
+            return TokensTicket(plan.step, read_later(tokens))
         else:
             logits = self._graphs.run(rows, "logits")
             targets, samples = [range(0)] * len(rows), [range(i, i + 1) for i in range(len(rows))]
@@ -267,18 +264,17 @@ class _Known:
 class TokensTicket:
     """A step of one token a row, -1 where its logits were not finite."""
 
-    def __init__(self, step: int, read: Callable[[], list[int]], order: Sequence[int]) -> None:
-        """`read` waits for the tokens; `order` says whose they are."""
-        self._step, self._read, self._order = step, read, order
+    def __init__(self, step: int, read: Callable[[], list[int]]) -> None:
+        """`read` waits for the tokens."""
+        self._step, self._read = step, read
         self._output: StepOutput | None = None
 
     def result(self) -> StepOutput:
         """See `Ticket`."""
         if self._output is None:
-            tokens = dict(zip(self._order, self._read(), strict=True))
             rows = [
-                RowOutput((tokens[i],)) if tokens[i] >= 0 else RowOutput(fault=NOT_FINITE)
-                for i in range(len(tokens))
+                RowOutput((token,)) if token >= 0 else RowOutput(fault=NOT_FINITE)
+                for token in self._read()
             ]
             self._output = StepOutput(self._step, tuple(rows))
         return self._output

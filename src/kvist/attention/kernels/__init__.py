@@ -5,6 +5,7 @@ paged cache, and nothing of Triton is imported before it said yes.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -96,18 +97,16 @@ def triton_attention(
     if encoding is None:
         q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
     out = torch.empty_like(q)
-    singles = [n for n, new in zip(batch.kv_lens, batch.query_lens, strict=True) if new == 1]
-    ragged = len(singles) < batch.num_sequences
-    back = encoding is not None and encoding.values_rotated and not ragged
-    if singles and compiled.can_decode(q, pages, rotate=back):
-        most = most_splits(pages, singles, compiled.splits_for(batch.num_sequences))
+    step = _divide(kv, plain=formats[0].kind == formats[1].kind == PLAIN)
+    back = encoding is not None and encoding.values_rotated and not step.ragged
+    if step.longest and compiled.can_decode(q, pages, rotate=back):
+        most = most_splits(pages, step.longest, compiled.splits_for(batch.num_sequences))
         key = ("compiled decode", heads, kv.spec.num_kv_heads, most)
         if key not in kv.memo:
-            kv.memo[key] = compiled.make_plan(pages, heads, most, ragged=ragged)
+            kv.memo[key] = compiled.make_plan(pages, heads, most, ragged=step.ragged)
         compiled.decode(q, pages, out, kv.memo[key], scale, rotate=back)
-    elif singles:
-        splits = splits_for(batch.num_sequences)
-        most = most_splits(pages, singles, splits)
+    elif step.longest:
+        most = most_splits(pages, step.longest, splits_for(batch.num_sequences))
         room = ("triton decode", heads, kv.spec.head_dim, most)
         if room not in kv.memo:
             kv.memo[room] = Workspace.make(pages, heads, most)
@@ -117,35 +116,60 @@ def triton_attention(
             out,
             kv.memo[room],
             scale,
-            ragged=ragged,
+            ragged=step.ragged,
             dependent=dependent,
             rotate=back,
         )
-    fresh = _fresh_prompts(kv) if formats[0].kind == formats[1].kind == PLAIN else ()
-    if fresh and batch.num_sequences == 1:
+    if step.fresh and batch.num_sequences == 1:
         return _whole_prompt(q, kv, 0, scale)
-    for b in fresh:
+    for b in step.fresh:
         start, end = batch.query_spans[b]
         out[start:end] = _whole_prompt(q[start:end], kv, b, scale)
-    if any(new > 1 and b not in fresh for b, new in enumerate(batch.query_lens)):
+    if step.prompts:
         queries = prefill_queries(heads, kv.spec.num_kv_heads, pages.prefill_rows)
-        runs = ("triton prefill", queries, fresh)
+        runs = ("triton prefill", queries, step.prompts)
         if runs not in kv.memo:
-            kv.memo[runs] = prefill_work(batch, queries, q.device, without=fresh)
+            kv.memo[runs] = prefill_work(batch, queries, q.device, step.prompts)
         prefill(q, pages, out, kv.memo[runs], scale)
     return out if back else kv.codec.from_basis(out, kv.layer_idx)
 
 
-def _fresh_prompts(kv: PagedKV) -> tuple[int, ...]:
-    """Sequences that torch's own kernels are faster for: long, with nothing cached, causal."""
-    batch, spec = kv.batch, kv.spec
-    if kv.kv_lens.device.type != "cuda" or kv.planes("key")["x"].dtype == torch.float32:
-        return ()
-    return tuple(
-        b
-        for b, (n, new) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True))
-        if n == new >= WHOLE_PROMPT and (spec.window is None or n <= spec.window)
-    )
+@dataclass(frozen=True)
+class _Division:
+    """Which kernel is for which of a step's sequences.
+
+    Args:
+        longest: keys of the longest that has one query; 0 where none has.
+        ragged: whether others have more.
+        fresh: those that torch's own kernels are faster for: long, with nothing cached, causal.
+        prompts: the others of several queries.
+    """
+
+    longest: int
+    ragged: bool
+    fresh: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+
+def _divide(kv: PagedKV, *, plain: bool) -> _Division:
+    """Looked up once a step for all layers of a kind, since batches are long."""
+    batch, window = kv.batch, kv.spec.window
+    key = ("division", window, plain)
+    if key not in kv.memo:
+        whole = plain and kv.kv_lens.device.type == "cuda"
+        whole = whole and kv.planes("key")["x"].dtype != torch.float32
+        longest, fresh, prompts = 0, [], []
+        for b, (n, new) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
+            if new == 1:
+                longest = max(longest, n)
+            elif whole and n == new >= WHOLE_PROMPT and (window is None or n <= window):
+                fresh.append(b)
+            elif new:
+                prompts.append(b)
+        ragged = batch.query_lens != (1,) * batch.num_sequences
+        kv.memo[key] = _Division(longest, ragged, tuple(fresh), tuple(prompts))
+    division: _Division = kv.memo[key]
+    return division
 
 
 def _whole_prompt(q: Tensor, kv: PagedKV, index: int, scale: float) -> Tensor:

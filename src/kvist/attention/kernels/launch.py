@@ -4,7 +4,7 @@ Lengths come from the host's copy, so that nothing waits for the device. Imports
 only by `attention.kernels.triton_attention` and by steps that know they run on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,18 +265,16 @@ def decode(
 
 
 def prefill_work(
-    batch: Batch, queries: int, device: torch.device, without: Sequence[int] = ()
+    batch: Batch, queries: int, device: torch.device, sequences: Iterable[int]
 ) -> Tensor:
-    """`[runs, 2]` int32: (sequence, first query) of every run of `queries` queries.
+    """`[runs, 2]` int32: (sequence, first query) of every run of `queries` queries of these.
 
     The runs with the most keys come first, so that none of them is left alone at the end.
-    Sequences with one query are the decode kernel's; those in `without` are left out too.
     """
     runs = [
-        (cached + i, b, i)
-        for b, (n, cached) in enumerate(zip(batch.query_lens, batch.cached_lens, strict=True))
-        if n > 1 and b not in without
-        for i in range(0, n, queries)
+        (batch.cached_lens[b] + i, b, i)
+        for b in sequences
+        for i in range(0, batch.query_lens[b], queries)
     ]
     runs.sort(reverse=True)
     return int_tensor([x for _, b, i in runs for x in (b, i)], device, torch.int32).view(-1, 2)
@@ -327,7 +325,9 @@ def prefill(
     )
 
 
-def most_splits(pages: Pages, kv_lens: Sequence[int], splits: Splits) -> int:
-    """Splits of a step with these lengths, at most, as a power of two: few kinds of launch."""
-    most = splits.most(pages.visible(max(kv_lens, default=1)))
-    return next_power_of_2(most)
+def most_splits(pages: Pages, longest: int, splits: Splits) -> int:
+    """Splits of a step whose longest sequence has so many keys, at most, as a power of two.
+
+    So that there are few kinds of launch.
+    """
+    return next_power_of_2(splits.most(pages.visible(longest)))
