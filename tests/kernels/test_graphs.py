@@ -39,7 +39,7 @@ class Recorded(Engine):
         )
 
 
-def results(model: Model, params, *, recorded: bool, **options):
+def results(model: Model, params, *, recorded: bool, prompts=PROMPTS, **options):
     llm = LLM(model, block_size=4, max_num_seqs=4, max_model_len=64, attention="triton", **options)
     step = FusedStep(model.lm)
     kind = Recorded if recorded else Engine
@@ -47,7 +47,7 @@ def results(model: Model, params, *, recorded: bool, **options):
                              "attention": "triton", "graphs": False} | options)  # fmt: skip
     llm.engine = kind(model, config, step=step)
     llm._desk.engine = llm.engine
-    found = llm.generate(PROMPTS, params)
+    found = llm.generate(prompts, params)
     llm.engine.check()
     return found, llm.engine.runner
 
@@ -61,6 +61,18 @@ def test_replayed_steps_give_the_engines_tokens(codec, overlap, device):
     ours, runner = results(model, GREEDY, recorded=True, codec=codec, overlap=overlap)
     assert [r.token_ids for r in ours] == [r.token_ids for r in expected]
     assert runner._graphs._recordings
+
+
+@pytest.mark.parametrize("codec", ["plain", "fp8", "int4"])
+def test_replayed_steps_with_prompts_give_the_engines_tokens(codec, device):
+    model = model_of(device, **SLIDING)
+    prompts = [list(range(3, 3 + n)) for n in (8, 9)]
+    options = {"codec": codec, "max_batch_tokens": 4, "overlap": True, "prompts": prompts}
+    expected, _ = results(model, GREEDY, recorded=False, **options)
+    ours, runner = results(model, GREEDY, recorded=True, **options)
+    assert [r.token_ids for r in ours] == [r.token_ids for r in expected]
+    # Parts of one prompt alone, and of one beside a decode.
+    assert {sequences for _, sequences, _ in runner._prompt_graphs._recordings} == {1, 4}
 
 
 def test_draws_penalties_and_log_probabilities_are_those_of_the_engine(device):

@@ -26,8 +26,9 @@ from kvist.loading.model import Model
 from kvist.models.decoder import Decoder
 from kvist.models.registry import family_of
 from kvist.runner.fused import FusedStep
-from kvist.runner.graphs import CONTEXTS, DecodeGraphs, _Recording
+from kvist.runner.graphs import CONTEXTS, DecodeGraphs
 from kvist.runner.one_launch import OneLaunchStep, longest_of
+from kvist.runner.recorder import Recorder, Recording
 from kvist.runner.step import model_step
 
 QWEN3_06B = Shape(1024, 16, 8, 128, 3072, qk_norm=True)
@@ -111,12 +112,13 @@ def unrecorded(device: torch.device, monkeypatch) -> tuple[FusedStep, DecodeGrap
     step = FusedStep(lm)
     cache = PagedCache(lm.specs, make_codec("plain", torch.float32), rows=1, device=device)
     cache.pool.reserve([4], 1, 4, 8)
-    graphs = DecodeGraphs(step, cache.pool, torch.zeros(2, dtype=torch.int64, device=device))
+    last = torch.zeros(2, dtype=torch.int64, device=device)
+    graphs = DecodeGraphs(step, cache.pool, last, Recorder(device))
     recorded = []
 
-    def record(bucket: int, context: int, kind: str) -> _Recording:
+    def record(bucket: int, context: int, kind: str) -> Recording:
         recorded.append((context, step.variant(bucket, context)))
-        return _Recording(lambda: None, torch.zeros(1))
+        return Recording(lambda: None, torch.zeros(1))
 
     monkeypatch.setattr(graphs, "_record", record)
     return step, graphs, recorded

@@ -160,7 +160,9 @@ class PagedPool:
             for pool, tables in zip(self.pools, self.tables, strict=True)
         )
         kv_lens, query_starts = self._per_sequence[1, :count], self._per_sequence[2, : count + 1]
-        return PagedBinding(self.group_of, batch, backend, views, kv_lens, query_starts)
+        return PagedBinding(
+            self.group_of, batch, backend, views, kv_lens, query_starts, is_recorded=True
+        )
 
     def reserve(
         self, num_blocks: Sequence[int], max_slots: int, max_blocks: int, max_tokens: int

@@ -34,14 +34,17 @@ class PagedBinding:
         views: tuple["GroupView", ...],
         kv_lens: Tensor,
         query_starts: Tensor,
+        *,
+        is_recorded: bool = False,
     ) -> None:
-        """Made by `PagedPool.bind` alone."""
+        """Made by `PagedPool.bind` and `bind_unfilled` alone."""
         self._group_of = group_of
         self.batch = batch
         self.backend = backend
         self.views = views
         self.kv_lens = kv_lens
         self.query_starts = query_starts
+        self.is_recorded = is_recorded
         self.memo: dict[Any, Any] = {}
         self.written: set[int] = set()
 
@@ -62,7 +65,15 @@ class PagedBinding:
         starts = torch.arange(
             batch.num_sequences + 1, dtype=torch.int32, device=self.query_starts.device
         )
-        return PagedBinding(self._group_of, batch, self.backend, self.views, self.kv_lens, starts)
+        return PagedBinding(
+            self._group_of,
+            batch,
+            self.backend,
+            self.views,
+            self.kv_lens,
+            starts,
+            is_recorded=self.is_recorded,
+        )
 
     def put(self, layer_idx: int, planes: Mapping[Side, Planes]) -> None:
         """Write what is encoded already, each plane `[N, kv_heads, ...]`; see `update`."""
@@ -249,6 +260,11 @@ class PagedKV:
     def memo(self) -> dict[Any, Any]:
         """Scratch that lives as long as the step."""
         return self._binding.memo
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether later steps will run what this one starts: the batch's lengths are the most."""
+        return self._binding.is_recorded
 
     @property
     def spec(self) -> AttentionSpec:

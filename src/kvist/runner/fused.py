@@ -275,8 +275,8 @@ class FusedStep:
                 act = silu_mul(many_rows(y, layer.gate_up))
             delta = product(act, layer.down, residual=True)
         assert delta is not None
-        if not fewer and not len(rows) == batch.num_sequences == batch.num_tokens:
-            # In an order of their own, or some of them twice.
+        if not fewer and not (batch.lasts_only and batch.query_lens == (1,) * len(rows)):
+            # Not every row in its place.
             x, delta = x.index_select(0, rows), delta.index_select(-2, rows)
         hidden = torch.empty(len(rows), config.hidden_size, dtype=dtype, device=device)
         if len(rows):

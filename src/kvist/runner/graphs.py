@@ -3,11 +3,11 @@
 Each size of batch is recorded when it is first met, so that start-up stays short, and then
 replayed. A recording takes its rows from one upload, its keys' places from the pool's tables, its
 tokens from where the last step left them, and leaves the sampled ones there: a step needs nothing
-that the host would have to wait for. Steps that prefill are not recorded. Made by the runner.
+that the host would have to wait for. `prompt_graphs` is for steps that prefill. Made by the runner.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from kvist.cache.paged import PagedPool
 from kvist.core.params import ResolvedParams
 from kvist.core.plan import PlanRow
 from kvist.runner.fused import FusedStep
+from kvist.runner.recorder import Recorder, Recording
 from kvist.runner.sampler import kernel_params
 from kvist.runner.step import StepFunction
 
@@ -53,14 +54,6 @@ def can_record(step: StepFunction, pool: PagedPool, backend: str | None = None) 
     )
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """A graph and where it leaves what it computes."""
-
-    replay: Callable[[], Any]
-    out: Tensor
-
-
 class DecodeGraphs:
     """Recordings of one step function on one pool.
 
@@ -68,6 +61,7 @@ class DecodeGraphs:
         step: waits for nothing, and reads lengths, tables and places from the pool.
         pool: whose tables the rows' slots name.
         last: `[slots + 1]` int64, the token last sampled in each slot; read and written.
+        recorder: what records.
         backend: attention by name.
         buckets: sizes of batches to record; a batch is padded to the next of them.
     """
@@ -77,6 +71,7 @@ class DecodeGraphs:
         step: FusedStep,
         pool: PagedPool,
         last: Tensor,
+        recorder: Recorder,
         *,
         backend: str | None = None,
         buckets: Sequence[int] = BUCKETS,
@@ -85,8 +80,8 @@ class DecodeGraphs:
         self.step, self.pool, self.last, self.backend = step, pool, last, backend
         limit = min(pool.max_slots, pool.max_tokens)
         self.buckets = sorted({min(b, limit) for b in buckets})
-        self._recordings: dict[tuple[int, int, Kind, str], _Recording] = {}
-        self._memory: Any = None  # shared by all recordings
+        self._recordings: dict[tuple[int, int, Kind, str], Recording] = {}
+        self._recorder = recorder
         capacity, on_gpu = self.buckets[-1], pool.device.type == "cuda"
         self._upload = torch.zeros(_ROWS, capacity, dtype=torch.int64, device=pool.device)
         # Ids and positions. Zeros at first, since a rehearsal places nothing and yet looks ids up.
@@ -169,32 +164,12 @@ class DecodeGraphs:
         for kind in kinds:
             self._whole_step(self.buckets[0], CONTEXTS[0], kind, self.step.rehearse)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _record(self, bucket: int, context: int, kind: Kind) -> _Recording:
-        """Run the step once on rows that only pad, for its kernels to be compiled; record it."""
-        device = self.pool.device
+    def _record(self, bucket: int, context: int, kind: Kind) -> Recording:
+        """Record the step on rows that only pad."""
         self._send((), bucket)
-        if device.type != "cuda":  # Triton's interpreter: every replay runs it anew
-            out = self._whole_step(bucket, context, kind, self.step.raw)
-
-            def again() -> None:
-                out.copy_(self._whole_step(bucket, context, kind, self.step.raw))
-
-            return _Recording(again, out)
-        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._whole_step(bucket, context, kind, self.step.raw)
-            # Not by torch.cuda.graph, which collects garbage and empties caches first.
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            try:
-                out = self._whole_step(bucket, context, kind, self.step.raw)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._memory = graph.pool()
-        return _Recording(graph.replay, out)
+        return self._recorder.record(
+            partial(self._whole_step, bucket, context, kind, self.step.raw)
+        )
 
     def _whole_step(
         self, bucket: int, context: int, kind: Kind, forward: Callable[[Batch, Any], Tensor]
@@ -212,6 +187,7 @@ class DecodeGraphs:
             kv_lens=(context,) * bucket,
             logit_rows=self._every_row[:bucket],
             slots=(pool.null_slot,) * bucket,
+            lasts_only=True,
         )
         binding = pool.bind_unfilled(batch, backend=self.backend)
         for view in binding.views:

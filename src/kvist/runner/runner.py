@@ -25,6 +25,8 @@ from kvist.runner.follow import Guessed, follow
 from kvist.runner.fused import FusedStep
 from kvist.runner.graphs import DecodeGraphs
 from kvist.runner.greedy import finite_rows
+from kvist.runner.prompt_graphs import PromptGraphs
+from kvist.runner.recorder import Recorder
 from kvist.runner.sampler import Sampler, logprobs_later, read_later
 from kvist.runner.step import StepFunction, model_step
 
@@ -82,10 +84,14 @@ class PagedRunner:
             self._on_device = torch.cuda.device(pool.device)
         # Slots whose sampling a recording can do: nothing but temperature and filters.
         self._simple: set[int] = set()
-        self._graphs = None
+        self._graphs, self._prompt_graphs = None, None
         if record:
             assert isinstance(self.step, FusedStep), "see can_record"
-            self._graphs = DecodeGraphs(self.step, pool, self._last, backend=backend)
+            recorder = Recorder(pool.device)
+            self._graphs = DecodeGraphs(self.step, pool, self._last, recorder, backend=backend)
+            self._prompt_graphs = PromptGraphs(
+                self.step, pool, vocab_size, recorder, backend=backend
+            )
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -137,7 +143,10 @@ class PagedRunner:
             return _Known(StepOutput(plan.step))
         if self._graphs is None or not self._graphs.fits(rows):
             batch, targets, samples = self._batch(rows)
-            logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
+            if self._prompt_graphs is not None and self._prompt_graphs.takes(batch):
+                logits = self._prompt_graphs.run(batch)
+            else:
+                logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
         elif all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
             tokens = self._graphs.run(rows, self._graphs.kind_of(rows))
             return TokensTicket(plan.step, read_later(tokens))

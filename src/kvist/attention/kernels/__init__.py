@@ -25,6 +25,8 @@ from kvist.kernels import can_run
 
 NAME = "triton"
 WHOLE_PROMPT = 1024  # tokens from which torch's attention over gathered keys is the faster
+MOST_PROMPTS = 32  # of a step that is replayed
+LONGEST = 1 << 30
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,10 +84,10 @@ def triton_attention(
         Pages,
         Workspace,
         decode,
+        list_runs,
         most_splits,
         prefill,
         prefill_queries,
-        prefill_work,
         splits_for,
     )
 
@@ -97,7 +99,8 @@ def triton_attention(
     if encoding is None:
         q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
     out = torch.empty_like(q)
-    step = _divide(kv, plain=formats[0].kind == formats[1].kind == PLAIN)
+    queries = prefill_queries(heads, kv.spec.num_kv_heads, pages.prefill_rows)
+    step = _division(kv, queries, plain=formats[0].kind == formats[1].kind == PLAIN)
     back = encoding is not None and encoding.values_rotated and not step.ragged
     if step.longest and compiled.can_decode(q, pages, rotate=back):
         most = most_splits(pages, step.longest, compiled.splits_for(batch.num_sequences))
@@ -125,12 +128,11 @@ def triton_attention(
     for b in step.fresh:
         start, end = batch.query_spans[b]
         out[start:end] = _whole_prompt(q[start:end], kv, b, scale)
-    if step.prompts:
-        queries = prefill_queries(heads, kv.spec.num_kv_heads, pages.prefill_rows)
-        runs = ("triton prefill", queries, step.prompts)
-        if runs not in kv.memo:
-            kv.memo[runs] = prefill_work(batch, queries, q.device, step.prompts)
-        prefill(q, pages, out, kv.memo[runs], scale)
+    if step.runs:
+        listed = ("triton prefill", queries, step.whole)
+        if listed not in kv.memo:
+            kv.memo[listed] = list_runs(pages, queries, step.runs, step.whole)
+        prefill(q, pages, out, kv.memo[listed], scale)
     return out if back else kv.codec.from_basis(out, kv.layer_idx)
 
 
@@ -141,35 +143,52 @@ class _Division:
     Args:
         longest: keys of the longest that has one query; 0 where none has.
         ragged: whether others have more.
-        fresh: those that torch's own kernels are faster for: long, with nothing cached, causal.
-        prompts: the others of several queries.
+        whole: lengths from which on prompts with nothing cached are faster by torch's own kernels.
+        fresh: those prompts.
+        runs: of queries of the other prompts, or room for them.
     """
 
     longest: int
     ragged: bool
+    whole: range
     fresh: tuple[int, ...]
-    prompts: tuple[int, ...]
+    runs: int
 
 
-def _divide(kv: PagedKV, *, plain: bool) -> _Division:
+def _division(kv: PagedKV, queries: int, *, plain: bool) -> _Division:
     """Looked up once a step for all layers of a kind, since batches are long."""
-    batch, window = kv.batch, kv.spec.window
-    key = ("division", window, plain)
+    key = ("division", queries, kv.spec.window, plain)
     if key not in kv.memo:
-        whole = plain and kv.kv_lens.device.type == "cuda"
-        whole = whole and kv.planes("key")["x"].dtype != torch.float32
-        longest, fresh, prompts = 0, [], []
-        for b, (n, new) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
-            if new == 1:
-                longest = max(longest, n)
-            elif whole and n == new >= WHOLE_PROMPT and (window is None or n <= window):
-                fresh.append(b)
-            elif new:
-                prompts.append(b)
-        ragged = batch.query_lens != (1,) * batch.num_sequences
-        kv.memo[key] = _Division(longest, ragged, tuple(fresh), tuple(prompts))
+        kv.memo[key] = (_divide_any if kv.is_recorded else _divide)(kv, queries, plain)
     division: _Division = kv.memo[key]
     return division
+
+
+def _divide(kv: PagedKV, queries: int, plain: bool) -> _Division:
+    batch, window, whole = kv.batch, kv.spec.window, range(0)
+    on_gpu = kv.kv_lens.device.type == "cuda"
+    if on_gpu and plain and kv.planes("key")["x"].dtype != torch.float32:
+        whole = range(WHOLE_PROMPT, 1 + (window or LONGEST))
+    longest, fresh, runs = 0, [], 0
+    for b, (n, new) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
+        if new == 1:
+            longest = max(longest, n)
+        elif n == new and n in whole:
+            fresh.append(b)
+        else:
+            runs += -(-new // queries)
+    ragged = batch.query_lens != (1,) * batch.num_sequences
+    return _Division(longest, ragged, whole, tuple(fresh), runs)
+
+
+def _divide_any(kv: PagedKV, queries: int, plain: bool) -> _Division:
+    """With room for any division of as many tokens among as many sequences."""
+    batch = kv.batch
+    if batch.query_lens == (1,) * batch.num_sequences:
+        return _Division(max(batch.kv_lens), False, range(0), (), 0)
+    runs = batch.num_tokens // queries + min(batch.num_sequences, MOST_PROMPTS)
+    longest = max(batch.kv_lens) if batch.num_sequences > 1 else 0
+    return _Division(longest, True, range(0), (), runs)
 
 
 def _whole_prompt(q: Tensor, kv: PagedKV, index: int, scale: float) -> Tensor:

@@ -4,7 +4,6 @@ Lengths come from the host's copy, so that nothing waits for the device. Imports
 only by `attention.kernels.triton_attention` and by steps that know they run on a GPU.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from kvist.attention.kernels.decode_kernels import combine_kernel, split_kernel
 from kvist.attention.kernels.formats import FP8, INT4, INT8, PLAIN, Format
-from kvist.attention.kernels.prefill_kernels import prefill_kernel
-from kvist.cache.batch import Batch, int_tensor
+from kvist.attention.kernels.prefill_kernels import prefill_kernel, runs_kernel
 from kvist.core.spec import AttentionSpec
 from kvist.kernels.jit import cdiv, dependent_launch, next_power_of_2
 
@@ -264,20 +262,28 @@ def decode(
     )
 
 
-def prefill_work(
-    batch: Batch, queries: int, device: torch.device, sequences: Iterable[int]
-) -> Tensor:
-    """`[runs, 2]` int32: (sequence, first query) of every run of `queries` queries of these.
+def list_runs(pages: Pages, queries: int, room: int, whole: range = range(0)) -> Tensor:
+    """`[room, 2]` int32: (sequence, first query) of every run of `queries` queries.
 
-    The runs with the most keys come first, so that none of them is left alone at the end.
+    For all sequences of several queries but those that have nothing cached and a length in `whole`.
+    Room for more is filled with runs behind the last query.
     """
-    runs = [
-        (batch.cached_lens[b] + i, b, i)
-        for b in sequences
-        for i in range(0, batch.query_lens[b], queries)
-    ]
-    runs.sort(reverse=True)
-    return int_tensor([x for _, b, i in runs for x in (b, i)], device, torch.int32).view(-1, 2)
+    count, device = pages.kv_lens.shape[0], pages.kv_lens.device
+    runs = torch.empty(room, 2, dtype=torch.int32, device=device)
+    runs_kernel[(count,)](
+        pages.kv_lens,
+        pages.query_starts,
+        runs,
+        count,
+        room,
+        whole.start,
+        whole.stop - 1,
+        QUERIES=queries,
+        SEQUENCES=max(64, next_power_of_2(count)),
+        TILE=128,
+        num_warps=1,
+    )
+    return runs
 
 
 def prefill_queries(heads: int, kv_heads: int, rows: int = PREFILL_ROWS) -> int:
@@ -301,7 +307,7 @@ def prefill(
         q: `[N, heads, head_dim]` in the planes' basis, contiguous.
         pages: the layer, with tables and lengths of B sequences.
         out: like q; other sequences' rows are left alone.
-        runs: from `prefill_work`, for `prefill_queries` queries each.
+        runs: from `list_runs`, for `prefill_queries` queries each.
         scale: factor of the scores.
         tuning: tile sizes; by default those of the codec.
         rows: of a program, queries times heads of a group; by default as `pages` says.

@@ -11,6 +11,49 @@ import triton.language as tl
 from kvist.attention.kernels.tiles import INT8, load_queries, mix, scores
 from kvist.kernels.jit import kernel
 
+ABSENT = tl.constexpr(1 << 30)  # behind any sequence's last query
+
+
+@kernel(do_not_specialize=["count", "room", "whole_from", "whole_to"])
+def runs_kernel(
+    kv_lens_ptr,
+    starts_ptr,
+    work_ptr,
+    count,
+    room,
+    whole_from,
+    whole_to,
+    QUERIES: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One sequence's runs of QUERIES queries, behind those of the sequences before it.
+
+    The runs with the most keys come first. Sequences of one query have none, and those of
+    `whole_from` to `whole_to` tokens without cached ones. The first program also fills the rest of
+    the room with runs behind the last query.
+    """
+    b = tl.program_id(0)
+    s = tl.arange(0, SEQUENCES)
+    ok = s < count
+    n = tl.load(starts_ptr + s + 1, mask=ok, other=0) - tl.load(starts_ptr + s, mask=ok, other=0)
+    whole = (n >= whole_from) & (n <= whole_to)
+    whole = whole & (n == tl.load(kv_lens_ptr + s, mask=ok, other=0))
+    runs = tl.where((n > 1) & (whole == 0), (n + QUERIES - 1) // QUERIES, 0)
+    before = tl.sum(tl.where(s < b, runs, 0))
+    mine = tl.sum(tl.where(s == b, runs, 0))
+    i = tl.arange(0, TILE)
+    for first in range(0, mine, TILE):
+        inside = first + i < mine
+        at = work_ptr + (before + first + i) * 2
+        tl.store(at, b + i * 0, mask=inside)
+        tl.store(at + 1, (mine - 1 - first - i) * QUERIES, mask=inside)
+    if b == 0:
+        for first in range(tl.sum(runs), room, TILE):
+            inside = first + i < room
+            tl.store(work_ptr + (first + i) * 2, i * 0, mask=inside)
+            tl.store(work_ptr + (first + i) * 2 + 1, i * 0 + ABSENT, mask=inside)
+
 
 @kernel()
 def prefill_kernel(
@@ -46,7 +89,8 @@ def prefill_kernel(
 ):
     """One (kv head, run of QUERIES queries). Rows are queries times GROUP, padded to powers of two.
 
-    `work` holds pairs (sequence, its first query of the run). `scale` carries log2(e).
+    `work` holds pairs (sequence, its first query of the run), which may lie behind the last one:
+    such a program does nothing. `scale` carries log2(e).
     """
     h = tl.program_id(0)
     work = tl.program_id(1)
@@ -55,6 +99,8 @@ def prefill_kernel(
     n = tl.load(kv_lens_ptr + b)
     start = tl.load(starts_ptr + b)
     num_queries = tl.load(starts_ptr + b + 1) - start
+    if i0 >= num_queries:
+        return
     IN_GROUP: tl.constexpr = HEADS // KV_HEADS
     r = tl.arange(0, QUERIES * GROUP)
     i = i0 + r // GROUP

@@ -1,0 +1,129 @@
+"""Steps with prompts as CUDA graphs: parts of prompts, alone or beside decodes, in one launch.
+
+Such a step is some 300 launches, which take the host longer than a GPU computes a few hundred
+tokens. A recording is of a number of tokens and of sequences, however the tokens are divided among
+them: kernels find that on the device, in what `PagedPool.bind` fills. Recorded when met for the
+second time. Larger steps keep a GPU busy for longer than their launches take. Made by the runner.
+"""
+
+import torch
+from torch import Tensor
+
+from kvist.attention.kernels import MOST_PROMPTS
+from kvist.cache import Batch
+from kvist.cache.paged import PagedPool
+from kvist.runner.fused import FusedStep
+from kvist.runner.graphs import CONTEXTS
+from kvist.runner.recorder import Recorder, Recording
+
+# Steps are padded to the next of these; at some, products have the shape of whole tiles.
+TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+# Attention splits contexts by the number of sequences, from 32, 64 and 96 on in another way.
+SEQUENCES = (1, 8, 31, 63, 95, 256, 512)
+
+_Key = tuple[int, int, int]  # tokens, sequences, context
+
+
+class PromptGraphs:
+    """Recordings of one step function on one pool, for steps of which some rows are prompts.
+
+    Args:
+        step: waits for nothing, and reads lengths, tables and places from the pool.
+        pool: whose buffers the recordings read.
+        vocab_size: width of the logits.
+        recorder: what records.
+        backend: attention by name.
+    """
+
+    def __init__(
+        self,
+        step: FusedStep,
+        pool: PagedPool,
+        vocab_size: int,
+        recorder: Recorder,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        """Record nothing yet."""
+        self.step, self.pool, self.backend = step, pool, backend
+        self._vocab_size, self._recorder = vocab_size, recorder
+        self.most_tokens = min(TOKENS[-1], pool.max_tokens)
+        self._met: set[_Key] = set()
+        self._recordings: dict[_Key, Recording] = {}
+        device = pool.device
+        self._ids = torch.zeros(self.most_tokens, dtype=torch.int64, device=device)
+        self._positions = torch.zeros_like(self._ids)
+        self._logit_rows = torch.zeros(pool.max_slots, dtype=torch.int64, device=device)
+        # What any recording computes, so that each does not keep its own.
+        self._logits: Tensor | None = None
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether this step is to be replayed; not where it is the first of its size."""
+        prompts = batch.num_sequences - batch.query_lens.count(1)
+        if not (
+            0 < prompts <= MOST_PROMPTS
+            and batch.num_tokens <= self.most_tokens
+            and batch.lasts_only
+            and batch.embeddings is None
+            and batch.rope_positions is None
+        ):
+            return False
+        key = self._key(batch)
+        known = key in self._met
+        self._met.add(key)
+        return known
+
+    def run(self, batch: Batch) -> Tensor:
+        """Start a step that `takes` said yes to.
+
+        Returns:
+            logits `[B, vocab]` float32 of each sequence's last token; the next step writes over
+            them.
+        """
+        count, key = batch.num_tokens, self._key(batch)
+        tokens, sequences, _ = key
+        binding = self.pool.bind(batch, backend=self.backend)
+        self._ids[:count] = batch.token_ids
+        self._positions[:count] = batch.positions
+        self._logit_rows[: batch.num_sequences] = batch.logit_rows
+        # Behind the last sequence there are no queries, and what pads the tokens goes nowhere.
+        self._logit_rows[batch.num_sequences : sequences] = 0
+        for view in binding.views:
+            view.tables.buffers(0, tokens)[1][count:] = 0
+        recording = self._recordings.get(key)
+        if recording is None:
+            recording = self._recordings[key] = self._record(*key)
+        recording.replay()
+        return recording.out[: batch.num_sequences]
+
+    def _key(self, batch: Batch) -> _Key:
+        tokens = next((n for n in TOKENS if n >= batch.num_tokens), self.most_tokens)
+        sequences = next(n for n in SEQUENCES if n >= batch.num_sequences)
+        longest = max(batch.kv_lens)
+        context = next((n for n in CONTEXTS if n >= longest), 1 << longest.bit_length())
+        return min(tokens, self.most_tokens), min(sequences, self.pool.max_slots), context
+
+    def _record(self, tokens: int, sequences: int, context: int) -> Recording:
+        if self._logits is None:
+            with torch.inference_mode(False):
+                self._logits = torch.zeros(
+                    self.pool.max_slots, self._vocab_size, device=self.pool.device
+                )
+        logits = self._logits[:sequences]
+        # Room for any division: no step has all tokens in one of several sequences.
+        batch = Batch(
+            token_ids=self._ids[:tokens],
+            positions=self._positions[:tokens],
+            query_lens=(tokens,) + (0,) * (sequences - 1),
+            kv_lens=(context,) * sequences,
+            logit_rows=self._logit_rows[:sequences],
+            slots=(self.pool.null_slot,) * sequences,
+            lasts_only=True,
+        )
+
+        def run() -> Tensor:
+            # Bound anew: what kernels list once a step is part of the recording.
+            binding = self.pool.bind_unfilled(batch, backend=self.backend)
+            return logits.copy_(self.step.raw(batch, binding))
+
+        return self._recorder.record(run)
