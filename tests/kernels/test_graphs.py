@@ -72,7 +72,7 @@ def test_replayed_steps_with_prompts_give_the_engines_tokens(codec, device):
     ours, runner = results(model, GREEDY, recorded=True, **options)
     assert [r.token_ids for r in ours] == [r.token_ids for r in expected]
     # Parts of one prompt alone, and of one beside a decode.
-    assert {sequences for _, sequences, _ in runner._prompt_graphs._recordings} == {1, 4}
+    assert {sequences for _, sequences, *_ in runner._prompt_graphs._recordings} == {1, 4}
 
 
 def test_draws_penalties_and_log_probabilities_are_those_of_the_engine(device):

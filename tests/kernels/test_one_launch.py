@@ -30,6 +30,7 @@ from kvist.runner.graphs import CONTEXTS, DecodeGraphs
 from kvist.runner.one_launch import OneLaunchStep, longest_of
 from kvist.runner.recorder import Recorder, Recording
 from kvist.runner.step import model_step
+from kvist.runner.uploads import Uploads
 
 QWEN3_06B = Shape(1024, 16, 8, 128, 3072, qk_norm=True)
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -113,7 +114,7 @@ def unrecorded(device: torch.device, monkeypatch) -> tuple[FusedStep, DecodeGrap
     cache = PagedCache(lm.specs, make_codec("plain", torch.float32), rows=1, device=device)
     cache.pool.reserve([4], 1, 4, 8)
     last = torch.zeros(2, dtype=torch.int64, device=device)
-    graphs = DecodeGraphs(step, cache.pool, last, Recorder(device))
+    graphs = DecodeGraphs(step, cache.pool, Uploads(cache.pool, last), Recorder(device))
     recorded = []
 
     def record(bucket: int, context: int, kind: str) -> Recording:

@@ -28,10 +28,10 @@ def int_tensor(
     values: Sequence[int], device: str | torch.device, dtype: torch.dtype = torch.long
 ) -> Tensor:
     """`[len(values)]` on the device, without waiting for a GPU to take them over."""
-    made = _on_host(values, dtype)
-    if torch.device(device).type == "cuda":
+    made, device = _on_host(values, dtype), torch.device(device)
+    if device.type == "cuda":
         return made.pin_memory().to(device, non_blocking=True)
-    return made.to(device)
+    return made if device.type == "cpu" else made.to(device)
 
 
 def fill_ints(target: Tensor, values: Sequence[int]) -> None:
@@ -118,7 +118,9 @@ class Batch:
             rows = list(logits)
         flat.extend(rows)
         # All of it in one copy to the device.
-        ids, positions, index, chosen = int_tensor(flat, device).split([total] * 3 + [len(rows)])
+        ids, positions, index, chosen = int_tensor(flat, device).split_with_sizes(
+            [total] * 3 + [len(rows)]
+        )
         return cls(
             token_ids=ids,
             positions=positions,

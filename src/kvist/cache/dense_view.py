@@ -62,8 +62,8 @@ class DenseBinding:
         Raises:
             NotSupported: a layer was filled late, so that its places are not all taken.
         """
-        late = next((i for i, first in enumerate(self.cache._first) if any(first)), None)
-        if late is not None:
+        if any(map(any, self.cache._first)):
+            late = next(i for i, first in enumerate(self.cache._first) if any(first))
             raise NotSupported(f"layer {late} was filled late, and is not read in place")
         return self.cache._layers
 

@@ -9,6 +9,7 @@ in another order and nothing else.
 
 import ctypes
 import os
+from array import array
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,7 @@ from kvist.models.config import DecoderConfig
 from kvist.native.library import StepInput, library
 from kvist.native.planes import BoundPlanes
 from kvist.native.weights import PackedModel, QuantizedWeights, chosen_isa, pack_model
+from kvist.runner.greedy import with_largest
 
 __all__ = ["NativeStep", "native_step"]
 
@@ -65,8 +67,6 @@ class NativeStep:
     def __init__(self, packed: PackedModel) -> None:
         """See `native_step`."""
         self.packed = packed
-        self.largest: list[int] = []
-        """Of each row of the last step's logits the first largest; -1 if not all are finite."""
         self._planes = BoundPlanes()
         self._lock = Lock()
 
@@ -81,7 +81,7 @@ class NativeStep:
         return f"NativeStep(isa={self.packed.isa!r}, threads={self.packed.threads})"
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
-        """`[R, vocab]` float32; see `StepFunction`.
+        """`[R, vocab]` float32, `with_largest`; see `StepFunction`.
 
         Raises:
             NotSupported: a cache or positions that it does not read; nothing was written.
@@ -97,16 +97,20 @@ class NativeStep:
             raise KvistError("the cache is bound to another batch than the one given")
         rows = batch.logit_rows.contiguous()
         count = rows.shape[0]
-        logits = torch.empty(count, packed.padded_vocab)
+        whole = torch.empty(count, packed.padded_vocab)
+        vocab = packed.config.vocab_size
+        # (Each of torch's operators costs tens of microseconds here: weights have been through the
+        # caches since the last one.)
+        logits = whole if vocab == packed.padded_vocab else whole[:, :vocab]
         if not batch.num_tokens:
-            return logits[:, : packed.config.vocab_size]
+            return logits
         embeddings = batch.embeddings
         if embeddings is not None:
             embeddings = embeddings.float().contiguous()
         token_ids, rotations = batch.token_ids.contiguous(), rotations.contiguous()
         sequences = batch.num_sequences
         starts, lengths = _ints(sequences + 1), _ints(sequences)
-        largest = (ctypes.c_int64 * count)()
+        largest = array("q", bytes(8 * count))
         starts[1:] = [end for _, end in batch.query_spans]
         lengths[:] = list(batch.kv_lens)
         given = StepInput(
@@ -121,17 +125,16 @@ class NativeStep:
             ctypes.addressof(lengths),
             rows.data_ptr(),
             ctypes.addressof(layers.inputs),
-            logits.data_ptr(),
-            ctypes.addressof(largest),
+            whole.data_ptr(),
+            largest.buffer_info()[0],
         )
         with self._lock:
             failed = library().kvist_step(packed.handle, given)
         if failed == BAD_TOKEN:
-            raise RequestError(f"a token id is not in the vocabulary of {packed.config.vocab_size}")
+            raise RequestError(f"a token id is not in the vocabulary of {vocab}")
         if failed:
             raise KvistError(f"not enough memory for a step of {batch.num_tokens} tokens")
-        self.largest = list(largest)
-        return logits[:, : packed.config.vocab_size]
+        return with_largest(logits, largest)
 
 
 @cache

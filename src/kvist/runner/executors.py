@@ -17,16 +17,9 @@ from kvist.cache import Batch, KVCache
 from kvist.cache.paged import PagedPool
 from kvist.errors import ConfigError, NotSupported
 from kvist.models.decoder import Decoder
-from kvist.runner.greedy import with_largest
 from kvist.runner.step import StepFunction, model_step
 
 __all__ = ["EXECUTORS", "Executable", "choose_step", "executor_of"]
-
-
-class NotingStep(StepFunction, Protocol):
-    """A step function that also finds the largest logits, as `with_largest` wants them."""
-
-    largest: list[int]
 
 
 class Executable(Protocol):
@@ -41,7 +34,7 @@ class Executable(Protocol):
         """Where it runs."""
 
     @property
-    def native(self) -> "NotingStep | None":
+    def native(self) -> StepFunction | None:
         """Its step in native code, where it was loaded for that."""
 
     @property
@@ -143,13 +136,13 @@ class _WithFallback:
     steps of a cache go the same way.
     """
 
-    def __init__(self, step: NotingStep, model: Executable) -> None:
+    def __init__(self, step: StepFunction, model: Executable) -> None:
         self.step, self.model = step, model
         self._told: set[str] = set()
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         try:
-            return with_largest(self.step(batch, cache), self.step.largest)
+            return self.step(batch, cache)
         except NotSupported as error:
             reason = str(error)
         if reason not in self._told:

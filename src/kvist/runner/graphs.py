@@ -8,32 +8,24 @@ that the host would have to wait for. `prompt_graphs` is for steps that prefill.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvist.attention.kernels import NAME, read_formats
 from kvist.cache import Batch
 from kvist.cache.paged import PagedPool
-from kvist.core.params import ResolvedParams
 from kvist.core.plan import PlanRow
 from kvist.runner.fused import FusedStep
 from kvist.runner.recorder import Recorder, Recording
-from kvist.runner.sampler import kernel_params
 from kvist.runner.step import StepFunction
+from kvist.runner.uploads import Kind, Uploads
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 # Kernels have room for as many splits of the context as the longest of a bucket has. Few buckets:
 # a batch whose longest sequence ends must not meet sizes that were never recorded.
 CONTEXTS = (4096, 16384, 65536, 262144)
-
-Kind = Literal["logits", "greedy", "drawn", "filtered"]
-
-# Rows of an upload: token, position, slot; temperature, k, p, min-p, uniform.
-_ROWS, _PARAMS = 8, slice(3, 8)
-_UPLOADS = 4  # that may be on their way
 
 
 def can_record(step: StepFunction, pool: PagedPool, backend: str | None = None) -> bool:
@@ -60,7 +52,7 @@ class DecodeGraphs:
     Args:
         step: waits for nothing, and reads lengths, tables and places from the pool.
         pool: whose tables the rows' slots name.
-        last: `[slots + 1]` int64, the token last sampled in each slot; read and written.
+        uploads: what the host says of a step's rows.
         recorder: what records.
         backend: attention by name.
         buckets: sizes of batches to record; a batch is padded to the next of them.
@@ -70,43 +62,22 @@ class DecodeGraphs:
         self,
         step: FusedStep,
         pool: PagedPool,
-        last: Tensor,
+        uploads: Uploads,
         recorder: Recorder,
         *,
         backend: str | None = None,
         buckets: Sequence[int] = BUCKETS,
     ) -> None:
         """Record nothing yet."""
-        self.step, self.pool, self.last, self.backend = step, pool, last, backend
+        self.step, self.pool, self.uploads, self.backend = step, pool, uploads, backend
         limit = min(pool.max_slots, pool.max_tokens)
         self.buckets = sorted({min(b, limit) for b in buckets})
         self._recordings: dict[tuple[int, int, Kind, str], Recording] = {}
         self._recorder = recorder
-        capacity, on_gpu = self.buckets[-1], pool.device.type == "cuda"
-        self._upload = torch.zeros(_ROWS, capacity, dtype=torch.int64, device=pool.device)
+        capacity = self.buckets[-1]
         # Ids and positions. Zeros at first, since a rehearsal places nothing and yet looks ids up.
         self._placed = torch.zeros(2, capacity, dtype=torch.int64, device=pool.device)
         self._every_row = torch.arange(capacity, device=pool.device)
-        # What the host writes for one step must stay until it was copied: uploads take turns.
-        self._sources = [
-            torch.zeros(_ROWS, capacity, dtype=torch.int64, pin_memory=on_gpu)
-            for _ in range(_UPLOADS)
-        ]
-        self._copied: list[torch.cuda.Event | None] = [None] * _UPLOADS
-        self._turn = 0
-        self._params = np.zeros((4, pool.max_slots + 1))  # of each slot; see `admit`
-
-    def admit(self, slot: int, params: ResolvedParams, vocab_size: int) -> None:
-        """A sequence with these parameters takes the slot."""
-        self._params[:, slot] = kernel_params(params, vocab_size)
-
-    def kind_of(self, rows: Sequence[PlanRow]) -> Kind:
-        """The simplest sampling that serves these rows."""
-        params = self._params[:, [row.slot for row in rows]]
-        drawn = params[0] > 0
-        if not drawn.any():
-            return "greedy"
-        return "filtered" if (drawn & ((params[1] > 0) | (params[2] < 1))).any() else "drawn"
 
     def fits(self, rows: Sequence[PlanRow]) -> bool:
         """Whether these rows can be replayed: one known or last sampled token each, no more."""
@@ -130,33 +101,9 @@ class DecodeGraphs:
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(bucket, context, kind)
-        self._send(rows, bucket)
+        self.uploads.send(rows, bucket)
         recording.replay()
         return recording.out[:count]
-
-    def _send(self, rows: Sequence[PlanRow], bucket: int) -> None:
-        """Copy the rows to where recordings read them; padding has position -1 and no keys."""
-        source, copied = self._sources[self._turn], self._copied[self._turn]
-        if copied is not None:
-            copied.synchronize()
-        count = len(rows)
-        slots = [row.slot for row in rows]
-        numbers = source.numpy()
-        numbers[:, count:bucket] = 0
-        numbers[1, count:bucket] = -1
-        numbers[2, count:bucket] = self.pool.null_slot
-        numbers[0, :count] = [row.tokens[0] for row in rows]
-        numbers[1, :count] = [row.start for row in rows]
-        numbers[2, :count] = slots
-        params = numbers[_PARAMS].view(np.float64)
-        params[:4, :count] = self._params[:, slots]
-        params[4, :count] = [row.uniforms[0] if row.uniforms else 0.0 for row in rows]
-        self._upload.copy_(source, non_blocking=True)
-        if self.pool.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            self._copied[self._turn] = event
-        self._turn = (self._turn + 1) % _UPLOADS
 
     def rehearse(self) -> None:
         """Start the kernels of steps of one sequence, with few layers of the model."""
@@ -166,7 +113,7 @@ class DecodeGraphs:
 
     def _record(self, bucket: int, context: int, kind: Kind) -> Recording:
         """Record the step on rows that only pad."""
-        self._send((), bucket)
+        self.uploads.send((), bucket)
         return self._recorder.record(
             partial(self._whole_step, bucket, context, kind, self.step.raw)
         )
@@ -176,9 +123,8 @@ class DecodeGraphs:
     ) -> Tensor:
         """What a recording holds, the model's part of it by `forward`."""
         from kvist.kernels.inputs import place
-        from kvist.kernels.sampling import sample
 
-        pool, device = self.pool, self.pool.device
+        pool = self.pool
         ids, positions = self._placed[:, :bucket]
         batch = Batch(
             token_ids=ids,
@@ -192,8 +138,8 @@ class DecodeGraphs:
         binding = pool.bind_unfilled(batch, backend=self.backend)
         for view in binding.views:
             place(
-                self._upload,
-                self.last,
+                self.uploads.rows,
+                self.uploads.last,
                 view.tables.device_table,
                 ids,
                 positions,
@@ -202,17 +148,4 @@ class DecodeGraphs:
                 view.slot_mapping,
                 pool.block_size,
             )
-        logits = forward(batch, binding)
-        if kind == "logits":
-            return logits.float()
-        out = torch.empty(bucket, dtype=torch.int64, device=device)
-        params = None if kind == "greedy" else self._upload[_PARAMS].view(torch.float64)
-        sample(
-            logits,
-            params,
-            out,
-            filtered=kind == "filtered",
-            slots=self._upload[2],
-            last=self.last,
-        )
-        return out
+        return self.uploads.sample(forward(batch, binding), kind)

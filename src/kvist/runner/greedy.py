@@ -5,7 +5,7 @@ let it spin on a core that the next step needs. Native code finds both while it 
 and its executor says so. Called by the sampler, the loop and the runner.
 """
 
-from collections.abc import Sequence
+from array import array
 
 import numpy as np
 import torch
@@ -14,15 +14,15 @@ from torch import Tensor
 __all__ = ["all_finite", "finite_rows", "largest", "with_largest"]
 
 
-def with_largest(logits: Tensor, found: Sequence[int]) -> Tensor:
+def with_largest(logits: Tensor, found: "array[int]") -> Tensor:
     """The same logits, whose maker knows what `largest` and `finite_rows` would find.
 
     Args:
         logits: `[R, vocab]`, not to be written to from here on.
-        found: each row's first largest; -1 where it was not looked for, or not all are finite.
+        found: each row's first largest, "q"; -1 where it was not looked for, or not all are finite.
     """
     if found and min(found) >= 0:
-        known = torch.from_numpy(np.array(found, dtype=np.int64))
+        known = torch.frombuffer(found, dtype=torch.int64)
         logits.known_largest = known  # type: ignore[attr-defined]
     return logits
 

@@ -6,22 +6,26 @@ them: kernels find that on the device, in what `PagedPool.bind` fills. Recorded 
 second time. Larger steps keep a GPU busy for longer than their launches take. Made by the runner.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvist.attention.kernels import MOST_PROMPTS
 from kvist.cache import Batch
 from kvist.cache.paged import PagedPool
+from kvist.core.plan import PlanRow
 from kvist.runner.fused import FusedStep
 from kvist.runner.graphs import CONTEXTS
 from kvist.runner.recorder import Recorder, Recording
+from kvist.runner.uploads import Kind, Uploads
 
 # Steps are padded to the next of these; at some, products have the shape of whole tiles.
 TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 # Attention splits contexts by the number of sequences, from 32, 64 and 96 on in another way.
 SEQUENCES = (1, 8, 31, 63, 95, 256, 512)
 
-_Key = tuple[int, int, int]  # tokens, sequences, context
+_Key = tuple[int, int, int, Kind]  # tokens, sequences, context
 
 
 class PromptGraphs:
@@ -31,6 +35,7 @@ class PromptGraphs:
         step: waits for nothing, and reads lengths, tables and places from the pool.
         pool: whose buffers the recordings read.
         vocab_size: width of the logits.
+        uploads: what the host says of a step's rows.
         recorder: what records.
         backend: attention by name.
     """
@@ -40,13 +45,14 @@ class PromptGraphs:
         step: FusedStep,
         pool: PagedPool,
         vocab_size: int,
+        uploads: Uploads,
         recorder: Recorder,
         *,
         backend: str | None = None,
     ) -> None:
         """Record nothing yet."""
         self.step, self.pool, self.backend = step, pool, backend
-        self._vocab_size, self._recorder = vocab_size, recorder
+        self.uploads, self._vocab_size, self._recorder = uploads, vocab_size, recorder
         self.most_tokens = min(TOKENS[-1], pool.max_tokens)
         self._met: set[_Key] = set()
         self._recordings: dict[_Key, Recording] = {}
@@ -54,40 +60,41 @@ class PromptGraphs:
         self._ids = torch.zeros(self.most_tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._logit_rows = torch.zeros(pool.max_slots, dtype=torch.int64, device=device)
-        # What any recording computes, so that each does not keep its own.
         self._logits: Tensor | None = None
 
-    def takes(self, batch: Batch) -> bool:
+    def takes(self, batch: Batch, kind: Kind) -> bool:
         """Whether this step is to be replayed; not where it is the first of its size."""
         prompts = batch.num_sequences - batch.query_lens.count(1)
         if not (
             0 < prompts <= MOST_PROMPTS
+            and batch.num_sequences <= SEQUENCES[-1]
             and batch.num_tokens <= self.most_tokens
             and batch.lasts_only
             and batch.embeddings is None
             and batch.rope_positions is None
         ):
             return False
-        key = self._key(batch)
+        key = self._key(batch, kind)
         known = key in self._met
         self._met.add(key)
         return known
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, rows: Sequence[PlanRow], kind: Kind) -> Tensor:
         """Start a step that `takes` said yes to.
 
         Returns:
-            logits `[B, vocab]` float32 of each sequence's last token; the next step writes over
-            them.
+            `[B]` int64, a token behind each sequence's last one, -1 where logits were not finite;
+            or for "logits" those, `[B, vocab]` float32. The next step writes over them.
         """
-        count, key = batch.num_tokens, self._key(batch)
-        tokens, sequences, _ = key
+        count, key = batch.num_tokens, self._key(batch, kind)
+        tokens, sequences, _, _ = key
         binding = self.pool.bind(batch, backend=self.backend)
         self._ids[:count] = batch.token_ids
         self._positions[:count] = batch.positions
         self._logit_rows[: batch.num_sequences] = batch.logit_rows
         # Behind the last sequence there are no queries, and what pads the tokens goes nowhere.
         self._logit_rows[batch.num_sequences : sequences] = 0
+        self.uploads.send(rows, sequences)
         for view in binding.views:
             view.tables.buffers(0, tokens)[1][count:] = 0
         recording = self._recordings.get(key)
@@ -96,20 +103,14 @@ class PromptGraphs:
         recording.replay()
         return recording.out[: batch.num_sequences]
 
-    def _key(self, batch: Batch) -> _Key:
+    def _key(self, batch: Batch, kind: Kind) -> _Key:
         tokens = next((n for n in TOKENS if n >= batch.num_tokens), self.most_tokens)
         sequences = next(n for n in SEQUENCES if n >= batch.num_sequences)
         longest = max(batch.kv_lens)
         context = next((n for n in CONTEXTS if n >= longest), 1 << longest.bit_length())
-        return min(tokens, self.most_tokens), min(sequences, self.pool.max_slots), context
+        return min(tokens, self.most_tokens), min(sequences, self.pool.max_slots), context, kind
 
-    def _record(self, tokens: int, sequences: int, context: int) -> Recording:
-        if self._logits is None:
-            with torch.inference_mode(False):
-                self._logits = torch.zeros(
-                    self.pool.max_slots, self._vocab_size, device=self.pool.device
-                )
-        logits = self._logits[:sequences]
+    def _record(self, tokens: int, sequences: int, context: int, kind: Kind) -> Recording:
         # Room for any division: no step has all tokens in one of several sequences.
         batch = Batch(
             token_ids=self._ids[:tokens],
@@ -124,6 +125,14 @@ class PromptGraphs:
         def run() -> Tensor:
             # Bound anew: what kernels list once a step is part of the recording.
             binding = self.pool.bind_unfilled(batch, backend=self.backend)
-            return logits.copy_(self.step.raw(batch, binding))
+            out = self.uploads.sample(self.step.raw(batch, binding), kind)
+            return self._keep(out) if kind == "logits" else out
 
         return self._recorder.record(run)
+
+    def _keep(self, logits: Tensor) -> Tensor:
+        """Where all recordings leave their logits, so that each does not keep its own."""
+        if self._logits is None:
+            shape = self.pool.max_slots, self._vocab_size
+            self._logits = torch.zeros(shape, device=self.pool.device)
+        return self._logits[: len(logits)].copy_(logits)

@@ -29,6 +29,7 @@ from kvist.runner.prompt_graphs import PromptGraphs
 from kvist.runner.recorder import Recorder
 from kvist.runner.sampler import Sampler, logprobs_later, read_later
 from kvist.runner.step import StepFunction, model_step
+from kvist.runner.uploads import Kind, Uploads
 
 PROMPTS = (16, 32, 64, 128, 512)  # tokens: one for each kind of product
 
@@ -87,10 +88,10 @@ class PagedRunner:
         self._graphs, self._prompt_graphs = None, None
         if record:
             assert isinstance(self.step, FusedStep), "see can_record"
-            recorder = Recorder(pool.device)
-            self._graphs = DecodeGraphs(self.step, pool, self._last, recorder, backend=backend)
+            uploads, recorder = Uploads(pool, self._last), Recorder(pool.device)
+            self._graphs = DecodeGraphs(self.step, pool, uploads, recorder, backend=backend)
             self._prompt_graphs = PromptGraphs(
-                self.step, pool, vocab_size, recorder, backend=backend
+                self.step, pool, vocab_size, uploads, recorder, backend=backend
             )
 
     @torch.inference_mode()
@@ -131,7 +132,7 @@ class PagedRunner:
             self._tops[new.slot] = (new.params.logprobs, new.params.prompt_logprobs)
             (self._simple.add if _is_simple(new.params) else self._simple.discard)(new.slot)
             if self._graphs is not None:
-                self._graphs.admit(new.slot, new.params, self.vocab_size)
+                self._graphs.uploads.admit(new.slot, new.params, self.vocab_size)
         self.pool.apply(plan.groups, [new.slot for new in plan.admitted])
         for digest in plan.dropped_images:
             self._images.pop(digest, None)
@@ -141,20 +142,26 @@ class PagedRunner:
         rows = plan.rows
         if not rows:
             return _Known(StepOutput(plan.step))
-        if self._graphs is None or not self._graphs.fits(rows):
-            batch, targets, samples = self._batch(rows)
-            if self._prompt_graphs is not None and self._prompt_graphs.takes(batch):
-                logits = self._prompt_graphs.run(batch)
-            else:
-                logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
-        elif all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
-            tokens = self._graphs.run(rows, self._graphs.kind_of(rows))
-            return TokensTicket(plan.step, read_later(tokens))
-        else:
-            logits = self._graphs.run(rows, "logits")
-            targets, samples = [range(0)] * len(rows), [range(i, i + 1) for i in range(len(rows))]
-        drawn = self._sample(rows, logits, samples)
-        return StepTicket(plan, logits, targets, samples, drawn, self._tops)
+        out, kind, targets, samples = self._forward(rows)
+        if kind != "logits":
+            return TokensTicket(plan, read_later(out))
+        drawn = self._sample(rows, out, samples)
+        return StepTicket(plan, out, targets, samples, drawn, self._tops)
+
+    def _forward(self, rows: Sequence[PlanRow]) -> tuple[Tensor, Kind, list[range], list[range]]:
+        """Start a step: its logits and whose they are, or by a recording a token of each row."""
+        kind: Kind = "logits"
+        if self._graphs is not None:
+            if all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
+                kind = self._graphs.uploads.kind_of(rows)
+            if self._graphs.fits(rows):
+                every = [range(i, i + 1) for i in range(len(rows))]
+                return self._graphs.run(rows, kind), kind, [range(0)] * len(rows), every
+        batch, targets, samples = self._batch(rows)
+        if self._prompt_graphs is not None and self._prompt_graphs.takes(batch, kind):
+            return self._prompt_graphs.run(batch, rows, kind), kind, targets, samples
+        logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
+        return logits, "logits", targets, samples
 
     def _batch(self, rows: Sequence[PlanRow]) -> tuple[Batch, list[range], list[range]]:
         """The step's tensors, and which rows of logits are each row's targets and samples.
@@ -271,21 +278,23 @@ class _Known:
 
 
 class TokensTicket:
-    """A step of one token a row, -1 where its logits were not finite."""
+    """A step whose rows have a token each, -1 where logits were not finite."""
 
-    def __init__(self, step: int, read: Callable[[], list[int]]) -> None:
+    def __init__(self, plan: Plan, read: Callable[[], list[int]]) -> None:
         """`read` waits for the tokens."""
-        self._step, self._read = step, read
+        self._plan, self._read = plan, read
         self._output: StepOutput | None = None
 
     def result(self) -> StepOutput:
         """See `Ticket`."""
         if self._output is None:
             rows = [
-                RowOutput((token,)) if token >= 0 else RowOutput(fault=NOT_FINITE)
-                for token in self._read()
+                RowOutput((token,) if row.sample else ())
+                if token >= 0
+                else RowOutput(fault=NOT_FINITE)
+                for row, token in zip(self._plan.rows, self._read(), strict=True)
             ]
-            self._output = StepOutput(self._step, tuple(rows))
+            self._output = StepOutput(self._plan.step, tuple(rows))
         return self._output
 
 

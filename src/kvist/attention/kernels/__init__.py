@@ -4,8 +4,10 @@ Registered as `triton` for every machine; `supports` says no where there is no T
 paged cache, and nothing of Triton is imported before it said yes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from kvist.cache.paged_view import PagedKV
 from kvist.cache.protocol import KV, SIDES, Side
 from kvist.core.spec import AttentionSpec
 from kvist.kernels import can_run
+
+if TYPE_CHECKING:
+    from kvist.attention.kernels.launch import Pages
 
 NAME = "triton"
 WHOLE_PROMPT = 1024  # tokens from which torch's attention over gathered keys is the faster
@@ -79,17 +84,7 @@ def triton_attention(
         encoding: how the layer is written, where kernels know it.
         formats: of its planes, where they are known already.
     """
-    from kvist.attention.kernels import compiled
-    from kvist.attention.kernels.launch import (
-        Pages,
-        Workspace,
-        decode,
-        list_runs,
-        most_splits,
-        prefill,
-        prefill_queries,
-        splits_for,
-    )
+    from kvist.attention.kernels.launch import Pages, list_runs, prefill, prefill_queries
 
     assert isinstance(kv, PagedKV)
     formats = formats or _formats(kv)
@@ -98,42 +93,86 @@ def triton_attention(
     pages = Pages(*formats, kv.spec, kv.block_size, kv.block_table, kv.kv_lens, kv.query_starts)
     if encoding is None:
         q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
-    out = torch.empty_like(q)
     queries = prefill_queries(heads, kv.spec.num_kv_heads, pages.prefill_rows)
     step = _division(kv, queries, plain=formats[0].kind == formats[1].kind == PLAIN)
-    back = encoding is not None and encoding.values_rotated and not step.ragged
-    if step.longest and compiled.can_decode(q, pages, rotate=back):
-        most = most_splits(pages, step.longest, compiled.splits_for(batch.num_sequences))
-        key = ("compiled decode", heads, kv.spec.num_kv_heads, most)
-        if key not in kv.memo:
-            kv.memo[key] = compiled.make_plan(pages, heads, most, ragged=step.ragged)
-        compiled.decode(q, pages, out, kv.memo[key], scale, rotate=back)
-    elif step.longest:
-        most = most_splits(pages, step.longest, splits_for(batch.num_sequences))
-        room = ("triton decode", heads, kv.spec.head_dim, most)
-        if room not in kv.memo:
-            kv.memo[room] = Workspace.make(pages, heads, most)
-        decode(
-            q,
-            pages,
-            out,
-            kv.memo[room],
-            scale,
-            ragged=step.ragged,
-            dependent=dependent,
-            rotate=back,
-        )
     if step.fresh and batch.num_sequences == 1:
         return _whole_prompt(q, kv, 0, scale)
+    out = torch.empty_like(q)
     for b in step.fresh:
         start, end = batch.query_spans[b]
         out[start:end] = _whole_prompt(q[start:end], kv, b, scale)
+    back = encoding is not None and encoding.values_rotated and not step.ragged
+    started: list[Callable[[], None]] = []
     if step.runs:
         listed = ("triton prefill", queries, step.whole)
         if listed not in kv.memo:
             kv.memo[listed] = list_runs(pages, queries, step.runs, step.whole)
-        prefill(q, pages, out, kv.memo[listed], scale)
+        started.append(partial(prefill, q, pages, out, kv.memo[listed], scale))
+    if step.longest:
+        decode = partial(_decode, q, pages, out, kv, step, scale, dependent=dependent, rotate=back)
+        started.append(decode)
+    if len(started) == 2 and kv.is_recorded and q.device.type == "cuda":
+        _side_by_side(q.device, *started)
+    else:
+        for start_kernels in started:
+            start_kernels()
     return out if back else kv.codec.from_basis(out, kv.layer_idx)
+
+
+def _decode(
+    q: Tensor,
+    pages: "Pages",
+    out: Tensor,
+    kv: PagedKV,
+    step: "_Division",
+    scale: float,
+    *,
+    dependent: bool,
+    rotate: bool,
+) -> None:
+    """The sequences of one query each, into `out`."""
+    from kvist.attention.kernels import compiled
+    from kvist.attention.kernels.launch import Workspace, decode, most_splits, splits_for
+
+    sequences, heads = kv.batch.num_sequences, q.shape[1]
+    if compiled.can_decode(q, pages, rotate=rotate):
+        most = most_splits(pages, step.longest, compiled.splits_for(sequences))
+        key = ("compiled decode", heads, kv.spec.num_kv_heads, most)
+        if key not in kv.memo:
+            kv.memo[key] = compiled.make_plan(pages, heads, most, ragged=step.ragged)
+        compiled.decode(q, pages, out, kv.memo[key], scale, rotate=rotate)
+        return
+    most = most_splits(pages, step.longest, splits_for(sequences))
+    room = ("triton decode", heads, kv.spec.head_dim, most)
+    if room not in kv.memo:
+        kv.memo[room] = Workspace.make(pages, heads, most)
+    decode(
+        q,
+        pages,
+        out,
+        kv.memo[room],
+        scale,
+        ragged=step.ragged,
+        dependent=dependent,
+        rotate=rotate,
+    )
+
+
+def _side_by_side(
+    device: torch.device, prompts: Callable[[], None], decodes: Callable[[], None]
+) -> None:
+    """Few programs that compute for long, beside many that wait for memory."""
+    here, beside = torch.cuda.current_stream(device), _second_stream(device)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        prompts()
+    decodes()
+    here.wait_stream(beside)
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @dataclass(frozen=True)
