@@ -307,7 +307,7 @@ decode_kernel(const u16 *q, const char *k, const char *k_scale, const char *k_ze
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, WARPS * LANES);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -391,8 +391,7 @@ decode_kernel(const u16 *q, const char *k, const char *k_scale, const char *k_ze
             total[0] += p[0] + p[2];
             total[1] += p[1] + p[3];
             mix(o, zeros, p, slot, warp, h, lane, left);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty + 8 * stage);
+            barrier_arrive(empty + 8 * stage);
             advance();
         }
 #pragma unroll
