@@ -38,42 +38,45 @@ TileShapes shapes_for(int rows) {
 }
 
 // Read from memory from here on: loads spread a value over all lanes for nothing, shuffles do not.
-inline void in_memory(float (&values)[LANES]) { asm("" : "+m"(values)); }
+template <typename Values> inline void in_memory(Values& values) { asm("" : "+m"(values)); }
 
 // A block of a group -> 16 rows of 32 bfloat16. A nibble chooses from the upper halves of the 16 floats
 // that it may stand for. What is cut off is not rounded but made up for on average, in their scale: the
 // lower half is 2^-8 of a float's power of two on average, which is CUT of the float itself.
-inline void spread_q4(const uint8_t* w, uint8_t* to) {
+inline void scales_of_q4(const uint8_t* w, float* to) {
+    store(to, load_half(w + 256) * splat(1 + CUT));
+    store(to + LANES, load_half(w + 288) * splat(1 + CUT));
+}
+
+inline void spread_q4(const uint8_t* w, const float* scales, uint8_t* to) {
     const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i upper = _mm512_set1_epi16(1);
-    alignas(64) float d[LANES], m[LANES];
-    store(d, load_half(w + 256) * splat(1 + CUT));
-    store(m, load_half(w + 288) * splat(1 + CUT));
-    in_memory(d), in_memory(m);
+    // A choice is 5 bits, the lowest set. It is the next nibble's highest, so each second is set at a time.
+    const __m512i even = _mm512_set1_epi16(0x0101), odd = _mm512_set1_epi16(0x1010);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
         const __m512i words = _mm512_loadu_si512(w + 64 * v);
+        const __m512i first = _mm512_or_si512(words, even), second = _mm512_or_si512(words, odd);
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++) {
             const int r = 4 * v + t;
-            const __m512 table = _mm512_fmadd_ps(steps, _mm512_set1_ps(d[r]), _mm512_set1_ps(m[r]));
-            const __m512i choice = t == 0   ? words
-                                   : t == 3 ? _mm512_shldi_epi16(words, words, 4)
-                                            : _mm512_srli_epi16(words, 4 * t);
-            _mm512_store_si512(to + 64 * r, _mm512_permutexvar_epi16(_mm512_or_si512(choice, upper),
-                                                                     (__m512i)table));
+            const __m512 table =
+                _mm512_fmadd_ps(steps, _mm512_set1_ps(scales[r]), _mm512_set1_ps(scales[LANES + r]));
+            const __m512i choice = t == 0   ? first
+                                   : t == 1 ? _mm512_srli_epi16(second, 4)
+                                   : t == 2 ? _mm512_srli_epi16(first, 8)
+                                            : _mm512_shldi_epi16(second, second, 4);
+            _mm512_store_si512(to + 64 * r, _mm512_permutexvar_epi16(choice, (__m512i)table));
         }
     }
 }
 
-inline void spread_q8(const uint8_t* w, uint8_t* to) {
-    alignas(64) float d[LANES];
-    store(d, load_half(w + 512));
-    in_memory(d);
+inline void scales_of_q8(const uint8_t* w, float* to) { store(to, load_half(w + 512)); }
+
+inline void spread_q8(const uint8_t* w, const float* scales, uint8_t* to) {
 #pragma GCC unroll 16
     for (int r = 0; r < LANES; r++) {
         const int8_t* q = (const int8_t*)w + 32 * r;
-        const Floats scale = splat(d[r]);
+        const Floats scale = splat(scales[r]);
         _mm512_store_si512(to + 64 * r, (__m512i)_mm512_cvtne2ps_pbh((load_i8(q + 16) * scale).v,
                                                                      (load_i8(q) * scale).v));
     }
@@ -85,20 +88,27 @@ template <Kind KIND> constexpr int BYTES = KIND == Q4 ? Q4_BLOCK : Q8_BLOCK;
 struct Groups {
     const uint8_t* w;
     int64_t stride;  // from one to the other
+
+    template <Kind KIND> const uint8_t* block(int b, int g) const { return w + g * stride + b * BYTES<KIND>; }
 };
 
-// Blocks [begin, end) of both -> tiles [block][group].
-template <Kind KIND> inline void spread(const Groups& groups, int begin, int end, uint8_t* to) {
+// Blocks [begin, end) of both, CHUNK at most -> tiles [block][group]. Scales are all made before they are
+// used: loads right behind the stores of the same bytes would wait for them.
+template <Kind KIND> inline void spread_chunk(const Groups& groups, int begin, int end, uint8_t* to) {
+    alignas(64) float scales[CHUNK][2][2 * LANES];
+    for (int b = begin; b < end; b++)
+        for (int g = 0; g < 2; g++)
+            (KIND == Q4 ? scales_of_q4 : scales_of_q8)(groups.block<KIND>(b, g), scales[b - begin][g]);
+    in_memory(scales);
     for (int b = begin; b < end; b++)
         for (int g = 0; g < 2; g++, to += TILE_BYTES) {
-            const uint8_t* w = groups.w + g * groups.stride + b * BYTES<KIND>;
+            const uint8_t* w = groups.block<KIND>(b, g);
             // What comes in this place the next time, into the second cache; what comes soon, into the first.
             for (int i = 0; i < BYTES<KIND>; i += 64) {
                 _mm_prefetch((const char*)w + 2 * groups.stride + i, _MM_HINT_T1);
                 _mm_prefetch((const char*)w + 3 * BYTES<KIND> + i, _MM_HINT_T0);
             }
-            if (KIND == Q4) spread_q4(w, to);
-            else spread_q8(w, to);
+            (KIND == Q4 ? spread_q4 : spread_q8)(w, scales[b - begin][g], to);
         }
 }
 
@@ -142,46 +152,87 @@ struct Sums {
     }
 };
 
-// Two groups times all rows, two tiles of these at a time. `finish.part(sums, row, rows, i)`, for all i
-// below `finish.parts(rows)`, does something with what comes out for `rows` rows from `row` on; it is
-// called between the products of the rows after them.
+// Groups of a matrix, two at a time; an odd one's last is met twice.
+struct Pairs {
+    const uint8_t* data;
+    int64_t stride;
+    int groups;
+
+    int count() const { return (groups + 1) / 2; }
+    bool two(int pair) const { return 2 * pair + 1 < groups; }
+    Groups operator[](int pair) const { return {data + 2 * pair * stride, two(pair) ? stride : 0}; }
+};
+
+// Pairs times rows. `finish(pair).part(sums, row, rows, i)`, for all i below `parts(rows)`, does something
+// with what comes out for `rows` rows from `row` on; it is called while the unit is at what comes next.
+
+// Up to two tiles of rows: one stream of chunks, each spread out while the unit is at the one before it,
+// also from pair to pair.
 template <Kind KIND, typename Finish>
-void two_groups(const Groups& groups, const Activations& x, int rows, uint8_t* scratch, Finish finish) {
+void few_rows(const Pairs& pairs, const Activations& x, int rows, uint8_t* scratch, Finish finish) {
+    constexpr int STEP = 2 * TILE_BYTES;
+    static_assert(CHUNK * STEP <= group_scratch(0), "room for the next chunk");
+    const int blocks = x.columns / BLOCK, count = pairs.count();
+    Sums sums[2];
+    auto finish_pair = [&](int pair) {
+        const auto what = finish(pair);
+        for (int i = 0; i < what.parts(rows); i++) what.part(sums[pair % 2], 0, rows, i);
+    };
+    uint8_t *weights = scratch, *next = scratch + CHUNK * STEP;
+    spread_chunk<KIND>(pairs[0], 0, least(CHUNK, blocks), weights);
+    for (int pair = 0; pair < count; pair++) {
+        zero_sums();
+        for (int begin = 0; begin < blocks; begin += CHUNK) {
+            const int end = least(begin + CHUNK, blocks);
+            if (end < blocks) spread_chunk<KIND>(pairs[pair], end, least(end + CHUNK, blocks), next);
+            else if (pair + 1 < count) spread_chunk<KIND>(pairs[pair + 1], 0, least(CHUNK, blocks), next);
+            for (int b = begin; b < end; b++) {
+                const uint8_t* tiles = weights + (b - begin) * STEP;
+                if (rows <= ROW_TILE) multiply<1>(tiles, x, 0, b);
+                else multiply<2>(tiles, x, 0, b);
+            }
+            uint8_t* const done = weights;
+            weights = next, next = done;
+            if (begin == 0 && pair) finish_pair(pair - 1);
+        }
+        sums[pair % 2].take(rows, rows == 1);
+    }
+    finish_pair(count - 1);
+}
+
+// More: a pair is spread out once, and met by two tiles of rows after the other.
+template <Kind KIND, typename Finish>
+void many_rows(const Pairs& pairs, const Activations& x, int rows, uint8_t* scratch, Finish finish) {
     constexpr int STEP = 2 * TILE_BYTES;
     const int blocks = x.columns / BLOCK;
     Sums sums[2];
-    if (rows <= 2 * ROW_TILE) {  // weights are spread out as they are used
-        zero_sums();
-        spread<KIND>(groups, 0, least(CHUNK, blocks), scratch);
-        for (int b = 0; b < blocks; b += CHUNK) {
-            const int end = least(b + CHUNK, blocks), turn = b / CHUNK % 2;
-            spread<KIND>(groups, end, least(end + CHUNK, blocks), scratch + (turn ^ 1) * CHUNK * STEP);
-            const uint8_t* weights = scratch + turn * CHUNK * STEP;
-            for (int i = b; i < end; i++, weights += STEP) {
-                if (rows <= ROW_TILE) multiply<1>(weights, x, 0, i);
-                else multiply<2>(weights, x, 0, i);
+    for (int pair = 0; pair < pairs.count(); pair++) {
+        const auto what = finish(pair);
+        for (int b = 0; b < blocks; b += CHUNK)
+            spread_chunk<KIND>(pairs[pair], b, least(b + CHUNK, blocks), scratch + b * STEP);
+        int before = 0, turn = 0;
+        for (int row = 0; row < rows; row += 2 * ROW_TILE, turn ^= 1) {
+            const int count = least(rows - row, 2 * ROW_TILE), parts = before ? what.parts(before) : 0;
+            zero_sums();
+            for (int b = 0, i = 0; b < blocks; b++) {
+                if (count > ROW_TILE) multiply<2>(scratch + b * STEP, x, row, b);
+                else multiply<1>(scratch + b * STEP, x, row, b);
+                for (; i < parts && i * blocks < parts * (b + 1); i++)
+                    what.part(sums[turn ^ 1], row - 2 * ROW_TILE, before, i);
             }
+            sums[turn].take(count, false);
+            before = count;
         }
-        sums[0].take(rows, rows == 1);
-        for (int i = 0; i < finish.parts(rows); i++) finish.part(sums[0], 0, rows, i);
-        return;
+        const int last = (rows - 1) / (2 * ROW_TILE) * 2 * ROW_TILE;
+        for (int i = 0; i < what.parts(before); i++) what.part(sums[turn ^ 1], last, before, i);
     }
-    spread<KIND>(groups, 0, blocks, scratch);
-    int before = 0, turn = 0;
-    for (int row = 0; row < rows; row += 2 * ROW_TILE, turn ^= 1) {
-        const int count = least(rows - row, 2 * ROW_TILE), parts = before ? finish.parts(before) : 0;
-        zero_sums();
-        for (int b = 0, i = 0; b < blocks; b++) {
-            if (count > ROW_TILE) multiply<2>(scratch + b * STEP, x, row, b);
-            else multiply<1>(scratch + b * STEP, x, row, b);
-            for (; i < parts && i * blocks < parts * (b + 1); i++)
-                finish.part(sums[turn ^ 1], row - 2 * ROW_TILE, before, i);
-        }
-        sums[turn].take(count, false);
-        before = count;
-    }
-    const int last = (rows - 1) / (2 * ROW_TILE) * 2 * ROW_TILE;
-    for (int i = 0; i < finish.parts(before); i++) finish.part(sums[turn ^ 1], last, before, i);
+}
+
+template <Kind KIND, typename Finish>
+void all_rows(const Pairs& pairs, const Activations& x, int rows, uint8_t* scratch, Finish finish) {
+    if (!pairs.groups) return;
+    if (rows <= 2 * ROW_TILE) few_rows<KIND>(pairs, x, rows, scratch, finish);
+    else many_rows<KIND>(pairs, x, rows, scratch, finish);
 }
 
 // A tile's sums [lane][row] -> out[row * ld + lane], stored or added.
@@ -220,12 +271,11 @@ struct ToRows {
 template <Kind KIND>
 void linear_of(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
                int64_t ld, bool add, uint8_t* scratch) {
-    for (int g = begin; g < end; g += 2) {
-        const bool two = g + 1 < end;  // else the last is met twice
-        const Groups groups{matrix.data + g * matrix.stride, two ? matrix.stride : 0};
-        const ToRows finish{out + (int64_t)g * LANES, ld, add, two, rows == 1};
-        two_groups<KIND>(groups, x, rows, scratch, finish);
-    }
+    const Pairs pairs{matrix.data + begin * matrix.stride, matrix.stride, end - begin};
+    out += (int64_t)begin * LANES;
+    all_rows<KIND>(pairs, x, rows, scratch, [&](int pair) {
+        return ToRows{out + (int64_t)pair * 2 * LANES, ld, add, pairs.two(pair), rows == 1};
+    });
 }
 
 // 32 values of one row -> a block of its tile.
@@ -266,11 +316,10 @@ struct ToHidden {
 template <Kind KIND>
 void gate_up_of(const Matrix& gate, int begin, int end, const Activations& x, int rows,
                 const Activations& to, uint8_t* scratch) {
-    for (int block = begin; block < end; block++)
-        for (int half = 0; half < 2; half++) {
-            const Groups groups{gate.data + (2 * block + half) * gate.stride, gate.stride / 2};
-            two_groups<KIND>(groups, x, rows, scratch, ToHidden{to, block, half, rows == 1});
-        }
+    const Pairs pairs{gate.data + 2 * begin * gate.stride, gate.stride / 2, 4 * (end - begin)};
+    all_rows<KIND>(pairs, x, rows, scratch, [&](int pair) {
+        return ToHidden{to, begin + pair / 2, pair % 2, rows == 1};
+    });
 }
 
 void linear_on_tiles(const Matrix& matrix, int begin, int end, const Activations& x, int rows,

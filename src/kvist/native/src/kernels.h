@@ -132,8 +132,8 @@ struct Kernels {
     bool (*all_finite)(const float* x, int64_t size);
 };
 
-// Bytes of a thread's scratch: two unpacked groups, and 64 columns of rows behind them.
-constexpr int64_t group_scratch(int64_t columns) { return columns * 64 + 4096; }
+// Bytes of a thread's scratch: two unpacked groups or chunks of four, and 64 columns of rows behind them.
+constexpr int64_t group_scratch(int64_t columns) { return columns * 64 + 8192; }
 constexpr int64_t scratch_bytes(int64_t columns, int64_t rows) {
     return group_scratch(columns) + rows * 64 * 4;
 }
