@@ -68,6 +68,9 @@ class LLM:
     ) -> list[Result]:
         """Generate from all prompts; results in order, n for each where a prompt asks for n.
 
+        Those that may become longest are begun first, so that none of them is left alone at the
+        end.
+
         Args:
             prompts: a list; each is text, token ids, or chat messages.
             params: one for all, or one for each prompt; None takes the model's defaults.
@@ -94,7 +97,6 @@ class LLM:
             max_length=self.engine.max_length,
         )
         try:
-            # The last to end began early, and others' prompts are computed beside its decoding.
             for job in sorted(jobs, key=lambda job: -job.request.params.max_tokens):
                 self._desk.add(job)
             with _bar(sum(len(job.samples) for job in jobs), shown=progress) as bar:

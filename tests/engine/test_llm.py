@@ -96,6 +96,13 @@ def test_results_come_in_the_order_of_the_prompts(overlap: bool) -> None:
     assert_idle(llm.engine)
 
 
+def test_the_longest_outputs_are_begun_first() -> None:
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 9, 4)]
+    results = small(max_num_seqs=1).generate(PROMPTS[:3], params)
+    waited = [result.record.queue_time for result in results]
+    assert sorted(range(3), key=waited.__getitem__) == [1, 2, 0]
+
+
 @pytest.mark.parametrize("name", ["dense_tied", "dense_swa", "dense_untied_headdim"])
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     known = reference(name)

@@ -10,6 +10,7 @@ from kvist.kernels.elementwise_kernels import norm_kernel, rotary_kernel, silu_m
 from kvist.kernels.jit import cdiv, dependent_launch, next_power_of_2
 
 FEW, MANY = 32, 512  # tokens
+SILU = 2048  # channels of a program
 INT8 = 2  # a number format of `encode_kernels`
 
 
@@ -151,5 +152,5 @@ def silu_mul(x: Tensor) -> Tensor:
     """`[N, 2 * size]`, gates first -> silu(gate) * up `[N, size]`."""
     rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    silu_mul_kernel[(cdiv(size, 1024), rows)](x, out, size, BLOCK=1024, num_warps=4)
+    silu_mul_kernel[(cdiv(size, SILU), rows)](x, out, size, BLOCK=SILU, num_warps=4)
     return out

@@ -6,6 +6,7 @@ them: kernels find that on the device, in what `PagedPool.bind` fills. Recorded 
 second time. Larger steps keep a GPU busy for longer than their launches take. Made by the runner.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,9 @@ from kvist.runner.uploads import Kind, Uploads
 # Steps are padded to the next of these; at some, products have the shape of whole tiles.
 TOKENS = (32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 # Attention splits contexts by the number of sequences, from 32, 64 and 96 on in another way.
-SEQUENCES = (1, 8, 31, 63, 95, 256, 512)
+SEQUENCES = (1, 8, 31, 63, 95, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+
+MOST_RECORDINGS = 256  # those used longest ago are given up
 
 _Key = tuple[int, int, int, Kind]  # tokens, sequences, context
 
@@ -55,7 +58,7 @@ class PromptGraphs:
         self.uploads, self._vocab_size, self._recorder = uploads, vocab_size, recorder
         self.most_tokens = min(TOKENS[-1], pool.max_tokens)
         self._met: set[_Key] = set()
-        self._recordings: dict[_Key, Recording] = {}
+        self._recordings: OrderedDict[_Key, Recording] = OrderedDict()
         device = pool.device
         self._ids = torch.zeros(self.most_tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
@@ -100,6 +103,9 @@ class PromptGraphs:
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(*key)
+            if len(self._recordings) > MOST_RECORDINGS:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end(key)
         recording.replay()
         return recording.out[: batch.num_sequences]
 
@@ -111,7 +117,7 @@ class PromptGraphs:
         return min(tokens, self.most_tokens), min(sequences, self.pool.max_slots), context, kind
 
     def _record(self, tokens: int, sequences: int, context: int, kind: Kind) -> Recording:
-        # Room for any division: no step has all tokens in one of several sequences.
+        # Kernels have room for any division of the tokens; this is none that a step would have.
         batch = Batch(
             token_ids=self._ids[:tokens],
             positions=self._positions[:tokens],
