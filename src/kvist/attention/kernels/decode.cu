@@ -391,6 +391,7 @@ decode_kernel(const u16 *q, const char *k, const char *k_scale, const char *k_ze
             total[0] += p[0] + p[2];
             total[1] += p[1] + p[3];
             mix(o, zeros, p, slot, warp, h, lane, left);
+            __syncwarp();
             barrier_arrive(empty + 8 * stage);
             advance();
         }
