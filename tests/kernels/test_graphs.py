@@ -1,5 +1,7 @@
 """Recorded decode steps give the tokens of the plain engine, with every codec and every request."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -90,6 +92,21 @@ def test_draws_penalties_and_log_probabilities_are_those_of_the_engine(device):
         assert a.token_ids == b.token_ids
     assert {kind for _, _, kind, _ in runner._graphs._recordings} >= {"logits", "filtered"}
     pairs = zip(ours[2].logprobs, expected[2].logprobs, strict=True)
+    assert all(abs(a.logprob - b.logprob) < 1e-3 for a, b in pairs)
+
+
+def test_a_recorded_chunk_of_one_token_brings_the_prompts_log_probabilities(device):
+    model = model_of(device, model_type="llama", num_hidden_layers=1, head_dim=16)
+    # In the second step, of one size with the first, the last prompt's only chunk is one token.
+    prompts = [[5], list(range(3, 8)), [9, 4, 6]]
+    greedy = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    params = [replace(greedy, max_tokens=3), greedy, replace(greedy, prompt_logprobs=0)]
+    options = {"max_batch_tokens": 4, "overlap": True, "prompts": prompts}
+    expected, _ = results(model, params, recorded=False, **options)
+    ours, _ = results(model, params, recorded=True, **options)
+    assert ours[2].error is None
+    assert [r.token_ids for r in ours] == [r.token_ids for r in expected]
+    pairs = zip(ours[2].prompt_logprobs[1:], expected[2].prompt_logprobs[1:], strict=True)
     assert all(abs(a.logprob - b.logprob) < 1e-3 for a, b in pairs)
 
 

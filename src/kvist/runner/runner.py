@@ -152,7 +152,10 @@ class PagedRunner:
         """Start a step: its logits and whose they are, or by a recording a token of each row."""
         kind: Kind = "logits"
         if self._graphs is not None:
-            if all(row.slot in self._simple and not (row.ban_ending or row.mask) for row in rows):
+            if all(
+                row.slot in self._simple and not (row.ban_ending or row.mask or row.prompt_targets)
+                for row in rows
+            ):
                 kind = self._graphs.uploads.kind_of(rows)
             if self._graphs.fits(rows):
                 every = [range(i, i + 1) for i in range(len(rows))]
