@@ -10,6 +10,7 @@ from kvist.cache.dense import DynamicCache
 from kvist.loading.model import Model
 from kvist.models.decoder import Decoder
 from kvist.runner.fused import FusedStep
+from kvist.runner.recorder import Recorder
 from kvist.runner.step import model_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -85,3 +86,17 @@ def test_overlap_and_recordings_change_no_token(weights, device):
                             prefix_cache=False, cache_memory=1 << 26)  # fmt: skip
             found.append([r.token_ids for r in llm.generate(prompts, params)])
     assert found == [found[0]] * 4
+
+
+def test_recordings_share_the_memory_of_what_they_compute_on_the_way(device):
+    recorder, reserved = Recorder(device), []
+
+    def run() -> torch.Tensor:
+        return torch.ones(1 << 24, device=device).sum()
+
+    for _ in range(3):
+        recording = recorder.record(run)
+        recording.replay()
+        assert recording.out.item() == 1 << 24
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert len(set(reserved)) == 1

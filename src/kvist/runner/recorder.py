@@ -31,19 +31,21 @@ class Recorder:
         """Nothing is recorded yet."""
         self.device = device
         self._memory: Any = None
+        # One stream for all: memory is given back to the stream that it was taken on.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def record(self, run: Callable[[], Tensor]) -> Recording:
         """Run it once, for its kernels to be compiled, and record it."""
-        if self.device.type != "cuda":
+        if self._stream is None:
             out = run()
 
             def again() -> None:
                 out.copy_(run())
 
             return Recording(again, out)
-        stream, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()
+        stream, graph = self._stream, torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             run()
