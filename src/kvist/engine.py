@@ -53,7 +53,7 @@ class EngineConfig:
         speculate: guess up to this many tokens a step from what a sequence said before.
         attention: a name in `kvist.attention.BACKENDS`, or "auto".
         overlap: plan and launch a step before the last one was read; None: on a GPU.
-        graphs: record decode steps and replay them, on a GPU with an executor that allows it.
+        graphs: record steps and replay them, on a GPU with an executor that allows it.
     """
 
     codec: str | Codec = "plain"

@@ -92,11 +92,28 @@ def test_recordings_share_the_memory_of_what_they_compute_on_the_way(device):
     recorder, reserved = Recorder(device), []
 
     def run() -> torch.Tensor:
-        return torch.ones(1 << 24, device=device).sum()
+        return torch.ones(1 << 24, device=device).max()
 
     for _ in range(3):
         recording = recorder.record(run)
         recording.replay()
-        assert recording.out.item() == 1 << 24
+        assert recording.out.item() == 1
         reserved.append(torch.cuda.memory_reserved(device))
     assert len(set(reserved)) == 1
+
+
+def test_a_recording_takes_the_room_of_what_is_kept_for_later(device):
+    recorder, room = Recorder(device), 1 << 28
+    torch.cuda.empty_cache()
+    kept = torch.empty(3 * room, dtype=torch.uint8, device=device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    # Room for what runs before it is recorded, and not for the recording beside it.
+    limit = torch.cuda.memory_reserved(device) + room + (1 << 26)
+    del kept
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        recording = recorder.record(lambda: torch.ones(room // 4, device=device).max())
+        recording.replay()
+        assert recording.out.item() == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

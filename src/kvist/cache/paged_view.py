@@ -1,7 +1,7 @@
 """What a model and its attention see of a paged pool for one step.
 
 `PagedKV` reads like any other view, by gathering blocks, so every kernel works on it; kernels made
-for it read planes and tables in place. Made by `PagedPool.bind`; it allocates no blocks.
+for it read planes and tables in place. Made by `PagedPool`; it allocates no blocks.
 """
 
 from collections.abc import Mapping
@@ -136,7 +136,7 @@ class GroupView:
         block_table: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """Made by `PagedPool.bind` alone; all else is computed when asked for."""
+        """Made by `PagedPool` alone; all else is computed when asked for."""
         self.pool = pool
         self.tables = tables
         self.batch = batch

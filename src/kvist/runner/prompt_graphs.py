@@ -28,7 +28,7 @@ SEQUENCES = (1, 8, 31, 63, 95, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 MOST_RECORDINGS = 256  # those used longest ago are given up
 
-_Key = tuple[int, int, int, Kind]  # tokens, sequences, context
+_Key = tuple[int, int, int, Kind]  # tokens, sequences, context, sampling
 
 
 class PromptGraphs:
@@ -110,7 +110,7 @@ class PromptGraphs:
         return recording.out[: batch.num_sequences]
 
     def _key(self, batch: Batch, kind: Kind) -> _Key:
-        tokens = next((n for n in TOKENS if n >= batch.num_tokens), self.most_tokens)
+        tokens = next(n for n in TOKENS if n >= batch.num_tokens)
         sequences = next(n for n in SEQUENCES if n >= batch.num_sequences)
         longest = max(batch.kv_lens)
         context = next((n for n in CONTEXTS if n >= longest), 1 << longest.bit_length())

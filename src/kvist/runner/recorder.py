@@ -45,16 +45,26 @@ class Recorder:
                 out.copy_(run())
 
             return Recording(again, out)
-        stream, graph = self._stream, torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream, here = self._stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
             run()
-            # Not by torch.cuda.graph, which collects garbage and empties caches first.
-            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
-                out = run()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+                recording = self._capture(run)
+            except torch.OutOfMemoryError:
+                # What torch keeps for later it gives back when memory is short, but not meanwhile.
+                torch.cuda.empty_cache()
+                recording = self._capture(run)
+        here.wait_stream(stream)
+        return recording
+
+    def _capture(self, run: Callable[[], Tensor]) -> Recording:
+        graph = torch.cuda.CUDAGraph()
+        # Not by torch.cuda.graph, which collects garbage and empties caches first.
+        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        try:
+            out = run()
+        finally:
+            graph.capture_end()
         self._memory = graph.pool()
         return Recording(graph.replay, out)

@@ -47,7 +47,8 @@ class PagedRunner:
         pool: where its keys and values lie.
         vocab_size: width of the logits.
         step: a drop-in for the model's own forward.
-        record: whether decode steps are recorded and replayed (graphs.py); `step` must allow it.
+        record: whether steps are recorded and replayed (graphs.py, prompt_graphs.py); `step` must
+            allow it.
         backend: the attention kernel by name; None lets `attend` choose.
         encode: an image's pixels -> its embeddings `[tokens, hidden]`; None where the model has
             no encoder.

@@ -32,7 +32,6 @@ NAME = "triton"
 WHOLE_PROMPT = 1024  # tokens from which torch's attention over gathered keys is the faster
 MOST_PROMPTS = 32  # of a step that is replayed
 LONGEST = 1 << 30
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_formats(
@@ -164,10 +163,12 @@ def _side_by_side(
     """Few programs that compute for long, beside many that wait for memory."""
     here, beside = torch.cuda.current_stream(device), _second_stream(device)
     beside.wait_stream(here)
-    with torch.cuda.stream(beside):
-        prompts()
-    decodes()
-    here.wait_stream(beside)
+    try:
+        with torch.cuda.stream(beside):
+            prompts()
+        decodes()
+    finally:  # a recording must not end before the two are one again
+        here.wait_stream(beside)
 
 
 @cache

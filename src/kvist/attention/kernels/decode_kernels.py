@@ -33,7 +33,7 @@ def visible_keys(n, WINDOW: tl.constexpr, SINKS: tl.constexpr):
 
 @triton.jit
 def split_length(count, MIN_SPLIT: tl.constexpr, DOUBLINGS: tl.constexpr, TARGET: tl.constexpr):
-    """How many keys each split of `count` takes; `decode.split_length` says the same."""
+    """How many keys each split of `count` takes; `launch.Splits` says the same."""
     length = tl.where(count > TARGET * MIN_SPLIT // 4, 2 * MIN_SPLIT, MIN_SPLIT)
     for i in tl.static_range(1, DOUBLINGS):
         length = tl.where(count > TARGET * (MIN_SPLIT << i), MIN_SPLIT << (i + 1), length)

@@ -3,7 +3,7 @@
 """Paged prefill attention on the GPU: many queries of a sequence over what the cache holds.
 
 A program takes a run of one sequence's queries and all query heads of one kv head, so that a group
-reads its keys once. Launched by prefill.py.
+reads its keys once. Launched by launch.py.
 """
 
 import triton.language as tl
