@@ -268,21 +268,13 @@ def bench_prefill(length: int = 8192, block_size: int = 32) -> None:
     """Paged prefill attention of one prompt against torch's, both causal."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from kvist.attention.kernels.launch import (
-        Pages,
-        Tuning,
-        prefill,
-        prefill_queries,
-        prefill_work,
-    )
-    from kvist.cache import Batch
+    from kvist.attention.kernels.launch import Pages, Tuning, list_runs, prefill, prefill_queries
     from kvist.core.spec import AttentionSpec
 
     kv_heads, dim = 8, 128
     width = length // block_size
     lens = torch.tensor([length], dtype=torch.int32, device="cuda")
     starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-    batch = Batch.pack([[0] * length], [0], device="cuda")
     table = (torch.randperm(width, device="cuda") + 1).int().view(1, width)
     for model, (heads, _) in HEADS.items():
         q = torch.randn(length, heads, dim, device="cuda").bfloat16()
@@ -316,7 +308,7 @@ def bench_prefill(length: int = 8192, block_size: int = 32) -> None:
                 variants = variants[:1]
             for tuning, rows in variants:
                 queries = prefill_queries(heads, kv_heads, rows)
-                runs = prefill_work(batch, queries, q.device, range(batch.num_sequences))
+                runs = list_runs(pages, queries, -(-length // queries))
                 out = torch.full_like(q, torch.nan)
                 name = {"tile": tuning.tile, "warps": tuning.warps, "stages": tuning.stages,
                         "rows": rows}  # fmt: skip

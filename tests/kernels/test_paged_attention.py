@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from kvist.attention import attend
-from kvist.attention.kernels import compiled
-from kvist.attention.kernels.launch import CROWD, CROWDED, SPLITS, THRONGED, Splits
+from kvist.attention.kernels import MOST_PROMPTS, compiled
+from kvist.attention.kernels.launch import (
+    CROWD,
+    CROWDED,
+    SPLITS,
+    THRONGED,
+    Pages,
+    Splits,
+    list_runs,
+)
 from kvist.cache import Batch, make_codec
 from kvist.cache.paged import PagedPool
 from kvist.cache.paged_view import PagedBinding, PagedKV
@@ -226,3 +234,20 @@ def test_most_splits_is_never_exceeded(splits):
     for limit in (1, 15, 16, 17, 63, 300, 1024, 1025, 5000):
         counts = [-(-n // splits.length(n)) for n in range(1, limit + 1)]
         assert max(counts) == splits.most(limit)
+
+
+@pytest.mark.parametrize("new", [(40,), (1, 13, 2, 1, 5), (5,) * 8, (2, 38)], ids=str)
+def test_a_recordings_room_holds_the_runs_of_any_division(new, device):
+    tokens, sequences, queries = 40, 8, 4
+    room = tokens // queries + min(sequences, MOST_PROMPTS)
+    starts = torch.zeros(sequences + 1, dtype=torch.int32)
+    starts[1 : len(new) + 1] = torch.tensor(new).cumsum(0)  # behind the last they are zeros again
+    lens = torch.zeros(sequences, dtype=torch.int32)
+    lens[: len(new)] = torch.tensor(new) + 3
+    table = torch.zeros(sequences, 16, dtype=torch.int32, device=device)
+    spec = AttentionSpec(1, HEAD_DIM)
+    pages = Pages(None, None, spec, 4, table, lens.to(device), starts.to(device))
+    runs = list_runs(pages, queries, room).tolist()
+    wanted = [[b, i] for b, n in enumerate(new) if n > 1 for i in range(0, n, queries)]
+    assert sorted(runs[: len(wanted)]) == wanted
+    assert all(first >= max(new) for _, first in runs[len(wanted) :])
