@@ -88,6 +88,7 @@ template <Kind KIND> constexpr int BYTES = KIND == Q4 ? Q4_BLOCK : Q8_BLOCK;
 struct Groups {
     const uint8_t* w;
     int64_t stride;  // from one to the other
+    const uint8_t* next;  // what will be read after them, in the same order
 
     template <Kind KIND> const uint8_t* block(int b, int g) const { return w + g * stride + b * BYTES<KIND>; }
 };
@@ -105,7 +106,7 @@ template <Kind KIND> inline void spread_chunk(const Groups& groups, int begin, i
             const uint8_t* w = groups.block<KIND>(b, g);
             // What comes in this place the next time, into the second cache; what comes soon, into the first.
             for (int i = 0; i < BYTES<KIND>; i += 64) {
-                _mm_prefetch((const char*)w + 2 * groups.stride + i, _MM_HINT_T1);
+                _mm_prefetch((const char*)groups.next + (w - groups.w) + i, _MM_HINT_T1);
                 _mm_prefetch((const char*)w + 3 * BYTES<KIND> + i, _MM_HINT_T0);
             }
             (KIND == Q4 ? spread_q4 : spread_q8)(w, scales[b - begin][g], to);
@@ -157,10 +158,14 @@ struct Pairs {
     const uint8_t* data;
     int64_t stride;
     int groups;
+    const uint8_t* next;  // what will be read after the last, or null
 
     int count() const { return (groups + 1) / 2; }
     bool two(int pair) const { return 2 * pair + 1 < groups; }
-    Groups operator[](int pair) const { return {data + 2 * pair * stride, two(pair) ? stride : 0}; }
+    Groups operator[](int pair) const {
+        const uint8_t *w = data + 2 * pair * stride, *behind = w + 2 * stride;
+        return {w, two(pair) ? stride : 0, pair + 1 < count() || !next ? behind : next};
+    }
 };
 
 // Pairs times rows. `finish(pair).part(sums, row, rows, i)`, for all i below `parts(rows)`, does something
@@ -271,7 +276,7 @@ struct ToRows {
 template <Kind KIND>
 void linear_of(const Matrix& matrix, int begin, int end, const Activations& x, int rows, float* out,
                int64_t ld, bool add, uint8_t* scratch) {
-    const Pairs pairs{matrix.data + begin * matrix.stride, matrix.stride, end - begin};
+    const Pairs pairs{matrix.data + begin * matrix.stride, matrix.stride, end - begin, matrix.next};
     out += (int64_t)begin * LANES;
     all_rows<KIND>(pairs, x, rows, scratch, [&](int pair) {
         return ToRows{out + (int64_t)pair * 2 * LANES, ld, add, pairs.two(pair), rows == 1};
@@ -316,7 +321,7 @@ struct ToHidden {
 template <Kind KIND>
 void gate_up_of(const Matrix& gate, int begin, int end, const Activations& x, int rows,
                 const Activations& to, uint8_t* scratch) {
-    const Pairs pairs{gate.data + 2 * begin * gate.stride, gate.stride / 2, 4 * (end - begin)};
+    const Pairs pairs{gate.data + 2 * begin * gate.stride, gate.stride / 2, 4 * (end - begin), gate.next};
     all_rows<KIND>(pairs, x, rows, scratch, [&](int pair) {
         return ToHidden{to, begin + pair / 2, pair % 2, rows == 1};
     });

@@ -172,19 +172,45 @@ inline void read_span(const Attention& task, const uint32_t* wanted, bool with_k
     }
 }
 
+// Queries that a tile of scores has room for, of so many: a few lie close together, [position][query].
+inline int across(int queries) { return queries <= 4 ? 4 : 16; }
+
+// 16 positions' scores, [position][across(queries)] -> out [query, SPAN].
+inline void turn_scores(const float* sums, int queries, float* out) {
+    if (across(queries) == 4) {
+        const __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + 16);
+        const __m512 c = _mm512_load_ps(sums + 32), d = _mm512_load_ps(sums + 48);
+        const __m512i eight = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+        for (int i = 0; i < queries; i++) {
+            const __m512i places = _mm512_add_epi32(eight, _mm512_set1_epi32(i));
+            _mm512_store_ps(out + i * SPAN, _mm512_mask_blend_ps(0xff00, _mm512_permutex2var_ps(a, places, b),
+                                                                 _mm512_permutex2var_ps(c, places, d)));
+        }
+        return;
+    }
+    __m512 v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums + 16 * i);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        if (i < queries) _mm512_store_ps(out + i * SPAN, v[i]);
+}
+
 // Scores of up to 16 queries over keys that are the first operand as they lie, in the cache or rounded
-// in `space` [SPAN, head_dim]: out [queries, SPAN]. (Tiles are named by literals: sums in 2 and 3.)
+// in `space` [SPAN, head_dim]: out [queries, SPAN]. (Tiles are named by literals: sums in 2.)
 template <bool FETCH>
 inline void multiply_keys_in_place(const Attention& task, const uint32_t* wanted, uint16_t* space,
                                    float* out) {
-    const int head_dim = task.head_dim, wide = head_dim / 32;
-    alignas(64) uint32_t queries[MOST_WIDE][16][16] = {};  // dword [channel / 2][query]
-    alignas(64) float sums[RUNS][16][16];
+    const int head_dim = task.head_dim, wide = head_dim / 32, width = across(task.queries);
+    alignas(64) uint32_t queries[MOST_WIDE][16 * 16];  // dword [channel / 2][query]
+    alignas(64) float sums[RUNS][16 * 16];
+    memset(queries, 0, (size_t)wide * sizeof queries[0]);
     for (int i = 0; i < task.queries; i++)
         for (int c = 0; c < wide; c++) {
             alignas(64) uint32_t pairs[16];
             _mm512_store_si512(pairs, channels_of(task.q + i * head_dim, 32 * c, head_dim));
-            for (int pair = 0; pair < 16; pair++) queries[c][pair][i] = pairs[pair];
+            for (int pair = 0; pair < 16; pair++) queries[c][pair * width + i] = pairs[pair];
         }
     struct {
         const uint16_t* x;
@@ -194,10 +220,10 @@ inline void multiply_keys_in_place(const Attention& task, const uint32_t* wanted
         _tile_zero(2);
         for (int c = 0; c < wide; c++) {
             _tile_loadd(5, keys[run].x + 32 * c, keys[run].stride * 2);
-            _tile_loadd(6, queries[c], 64);
+            _tile_loadd(6, queries[c], width * 4);
             _tile_dpbf16ps(2, 5, 6);
         }
-        _tile_stored(2, sums[run], 64);
+        _tile_stored(2, sums[run], width * 4);
     };
     // The unit and vectors work in turn, and each change costs: so what has to be rounded is so first.
     const bool at_once = task.keys.element == BF16;
@@ -216,16 +242,8 @@ inline void multiply_keys_in_place(const Attention& task, const uint32_t* wanted
     }
     for (int run = 0; run < RUNS && !at_once; run++)
         if (wanted[run]) multiply(run);
-    for (int run = 0; run < RUNS; run++) {
-        if (!wanted[run]) continue;
-        __m512 v[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums[run][i]);
-        transpose(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            if (i < task.queries) _mm512_store_ps(out + i * SPAN + 16 * run, v[i]);
-    }
+    for (int run = 0; run < RUNS; run++)
+        if (wanted[run]) turn_scores(sums[run], task.queries, out + 16 * run);
 }
 
 // Scores of a tile of queries: out [16, SPAN]. (Tiles are named by literals: sums in 0 to 3.)
@@ -260,8 +278,8 @@ inline void multiply_values(const uint8_t* weights, const uint8_t* values, int n
         for (int i = first; i < end; i++) {
             const uint8_t* v = values + (i * narrow + c) * TILE_BYTES;
             _tile_loadd(4, weights + i * TILE_BYTES, 64);
-            _tile_loadd(6, v, 64);
-            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, v, 64);
+            _tile_dpbf16ps(0, 4, 5);
             _tile_loadd(7, two ? v + TILE_BYTES : v, 64);
             _tile_dpbf16ps(1, 4, 7);
         }
@@ -272,14 +290,12 @@ inline void multiply_values(const uint8_t* weights, const uint8_t* values, int n
 
 // One query's scores -> its weights, rounded, `to` being its row of the first tile of weights; and
 // their maximum and sum, as of floats. Zero where it does not see.
-inline void weigh_rounded(const float* scores, const Range (&seen)[2], int begin, uint8_t* to, float* most) {
+inline void weigh_rounded(const float* scores, const __mmask16* masks, uint8_t* to, float* most) {
     const Floats nothing = splat(-__builtin_inff());
     Floats weights[RUNS], top = nothing;
 #pragma GCC unroll 8
     for (int run = 0; run < RUNS; run++) {
-        const __mmask16 mask =
-            (__mmask16)(bits_of(seen[0], begin + 16 * run) | bits_of(seen[1], begin + 16 * run));
-        weights[run] = {_mm512_mask_loadu_ps(nothing.v, mask, scores + 16 * run)};
+        weights[run] = {_mm512_mask_loadu_ps(nothing.v, masks[run], scores + 16 * run)};
         top = max(top, weights[run]);
     }
     const float m = maximum(top);
@@ -318,6 +334,7 @@ template <bool FETCH> inline void attend_span(const Attention& task) {
     read_span<FETCH>(task, wanted, !in_place, span);
     TileShapes shapes;
     shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = (uint8_t)rows;
+    if (in_place) shapes.bytes_per_row[2] = shapes.bytes_per_row[6] = (uint16_t)(across(rows) * 4);
     const Tiles unit(shapes);
     // The unit and vectors work in turn, and each change costs: so all tiles take a step together.
     if (in_place) {
@@ -331,9 +348,14 @@ template <bool FETCH> inline void attend_span(const Attention& task) {
             multiply_keys(queries + i * wide * TILE_BYTES, span.keys, wide, runs,
                           scores + i * ROW_TILE * SPAN);
     }
+    __mmask16 masks[RUNS];
     for (int i = 0; i < task.queries; i++) {
-        const Range own[2] = {{task.begin, least(seen.sinks, task.last[i])}, {task.first[i], task.last[i]}};
-        weigh_rounded(scores + i * SPAN, own, task.begin,
+        if (!i || task.first[i] != task.first[i - 1] || task.last[i] != task.last[i - 1]) {
+            const Range own[2] = {{task.begin, least(seen.sinks, task.last[i])}, {task.first[i], task.last[i]}};
+            for (int run = 0; run < RUNS; run++)
+                masks[run] = (__mmask16)(bits_of(own[0], task.begin + 16 * run) | bits_of(own[1], task.begin + 16 * run));
+        }
+        weigh_rounded(scores + i * SPAN, masks,
                       weights + i / ROW_TILE * (RUNS / 2) * TILE_BYTES + i % ROW_TILE * 64,
                       task.out + i * ld + head_dim);
     }

@@ -48,6 +48,7 @@ struct Matrix {
     int32_t groups;       // of 16 rows; rows that fill up the last are zero
     int32_t columns;
     Kind kind;
+    const uint8_t* next = nullptr;  // what is read after the part that a kernel is asked for, if known
 };
 
 // Rows of activations as kernels multiply them. Row r, block b: values q[r * columns + 32 b + i] *

@@ -252,7 +252,7 @@ inline void gate_up_with(Linear multiply, Put put_block, const Matrix& gate, con
     float* both = (float*)((uint8_t*)scratch + group_scratch(gate.columns));  // [rows, 64]
     for (int block = begin; block < end; block++) {
         Matrix two = gate;
-        two.data += 2 * block * gate.stride;
+        two.data += 2 * block * gate.stride, two.next = nullptr;
         multiply(two, 0, 2, x, rows, both, 64, false, scratch);
         two = up;
         two.data += 2 * block * up.stride;

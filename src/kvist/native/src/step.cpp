@@ -248,6 +248,25 @@ class Pass {
         });
     }
 
+    // Where a thread begins to read a matrix whose pieces few rows divide among threads.
+    const uint8_t* begin_of(const Matrix& matrix, int64_t pieces, int t) const {
+        return matrix.data + mine(pieces, t).begin * (matrix.groups / pieces) * matrix.stride;
+    }
+    // The same of a layer's projections; behind the last layer comes the head.
+    const uint8_t* begin_of_layer(int l, int t) const {
+        if (l == s.layers) return begin_of(m.head, m.head.groups, t);
+        const Matrix* parts = m.layers[l].matrices;
+        int64_t group = mine(parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups, t).begin;
+        int slot = Q_PROJ;
+        while (group >= parts[slot].groups) group -= parts[slot++].groups;
+        return parts[slot].data + group * parts[slot].stride;
+    }
+    // A matrix whose reader goes on there.
+    Matrix before(Matrix matrix, const uint8_t* next) const {
+        if (rows_ <= FEW_ROWS) matrix.next = next;
+        return matrix;
+    }
+
     void linear(const Matrix& matrix, Share part, const Activations& from, Share rows, float* out,
                 int64_t out_ld, bool add, int t) {
         if (part.begin < part.end && rows.begin < rows.end)
@@ -268,12 +287,12 @@ class Pass {
                 split_ ? merged(in.layers[l], row, t) : w.attended + (int64_t)row * q_size;
             k.quantise(from, to, at);
         });
-        const Matrix& output = layer.matrices[O_PROJ];
+        const Matrix output = before(layer.matrices[O_PROJ], begin_of(layer.matrices[GATE], s.intermediate / BLOCK, t));
         deal_groups(t, output.groups, GROUPS, [&](Share part) {
             linear(output, part, attended, rows_of(t), w.x, s.hidden, true, t);
         });
         meet(t);
-        mlp(layer, t);
+        mlp(l, t);
         meet(t);
     }
 
@@ -281,21 +300,26 @@ class Pass {
         const Activations from = normed(t, layer.input_norm);
         const Matrix* parts = layer.matrices;
         const int64_t groups = parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups;
+        const uint8_t* output = begin_of(parts[O_PROJ], parts[O_PROJ].groups, t);
         deal_groups(t, groups, GROUPS, [&](Share all) {
-            int64_t before = 0;
+            int64_t first = 0;
             for (int slot = Q_PROJ; slot <= V_PROJ; slot++) {
                 const int64_t own = parts[slot].groups;
-                const Share part{std::clamp<int64_t>(all.begin - before, 0, own),
-                                 std::clamp<int64_t>(all.end - before, 0, own)};
-                linear(parts[slot], part, from, rows_of(t), w.projected + before * LANES, ld, false, t);
-                before += own;
+                const Share part{std::clamp<int64_t>(all.begin - first, 0, own),
+                                 std::clamp<int64_t>(all.end - first, 0, own)};
+                const bool last = first + own >= all.end;
+                linear(last ? before(parts[slot], output) : parts[slot], part, from, rows_of(t),
+                       w.projected + first * LANES, ld, false, t);
+                first += own;
             }
         });
     }
 
-    void mlp(const Layer& layer, int t) {
+    void mlp(int l, int t) {
+        const Layer& layer = m.layers[l];
         const Activations from = normed(t, layer.post_norm);
-        const Matrix &gate = layer.matrices[GATE], &down = layer.matrices[DOWN];
+        const Matrix down = before(layer.matrices[DOWN], begin_of_layer(l + 1, t));
+        const Matrix gate = before(layer.matrices[GATE], begin_of(down, down.groups, t));
         const Share rows = rows_of(t);
         Activations hidden = w.intermediate.from(rows.begin);
         hidden.lone = rows_ == 1;
