@@ -41,9 +41,6 @@ class Binding {
     void set(const std::vector<int>& cpus, int thread, bool bind) {
 #if defined(__linux__)
         if (bind == bound_ || cpus.empty()) return;
-        // Who is there already stays, as no core is free to go to; and these calls take 30 microseconds
-        // where weights have driven the system's own code out of the caches.
-        if (thread == 0 && bind && sched_getcpu() == cpus[0]) return;
         if (!bind) {
             pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
             bound_ = false;
