@@ -150,7 +150,10 @@ class PagedRunner:
         return StepTicket(plan, out, targets, samples, drawn, self._tops)
 
     def _forward(self, rows: Sequence[PlanRow]) -> tuple[Tensor, Kind, list[range], list[range]]:
-        """Start a step: its logits and whose they are, or by a recording a token of each row."""
+        """Start a step: its logits, and which are each row's targets and samples (see `_batch`).
+
+        Or, where a recording samples, a token of each row.
+        """
         kind: Kind = "logits"
         if self._graphs is not None:
             if all(
@@ -159,8 +162,8 @@ class PagedRunner:
             ):
                 kind = self._graphs.uploads.kind_of(rows)
             if self._graphs.fits(rows):
-                every = [range(i, i + 1) for i in range(len(rows))]
-                return self._graphs.run(rows, kind), kind, [range(0)] * len(rows), every
+                out, asked = self._graphs.run(rows, kind), len(rows) if kind == "logits" else 0
+                return out, kind, [range(0)] * asked, [range(i, i + 1) for i in range(asked)]
         batch, targets, samples = self._batch(rows)
         if self._prompt_graphs is not None and self._prompt_graphs.takes(batch, kind):
             return self._prompt_graphs.run(batch, rows, kind), kind, targets, samples

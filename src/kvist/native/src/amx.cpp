@@ -248,9 +248,7 @@ inline void put(const float* sums, int rows, float* out, int64_t ld, bool add, b
         return;
     }
     __m512 v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums + 16 * i);
-    transpose(v);
+    load_columns(sums, v);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) {
         if (r == rows) return;

@@ -189,9 +189,7 @@ inline void turn_scores(const float* sums, int queries, float* out) {
         return;
     }
     __m512 v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(sums + 16 * i);
-    transpose(v);
+    load_columns(sums, v);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++)
         if (i < queries) _mm512_store_ps(out + i * SPAN, v[i]);

@@ -63,6 +63,13 @@ inline void transpose(__m512* v) {
     }
 }
 
+// 16 rows of 16 floats, aligned, that lie one behind the other -> their columns.
+inline void load_columns(const float* rows, __m512* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_load_ps(rows + 16 * i);
+    transpose(v);
+}
+
 // 32 floats, rounded to bfloat16, in order.
 inline __m512i rounded(Floats first, Floats second) {
     return (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
