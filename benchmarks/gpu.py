@@ -268,7 +268,7 @@ def bench_prefill(length: int = 8192, block_size: int = 32) -> None:
     """Paged prefill attention of one prompt against torch's, both causal."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from kvist.attention.kernels.launch import Pages, Tuning, list_runs, prefill, prefill_queries
+    from kvist.attention.kernels.launch import Pages, Tuning, list_runs, prefill, run_length
     from kvist.core.spec import AttentionSpec
 
     kv_heads, dim = 8, 128
@@ -301,21 +301,20 @@ def bench_prefill(length: int = 8192, block_size: int = 32) -> None:
                         note(what="prefill attention", kind=str(backend), error=repr(error)[:200])
             spec = AttentionSpec(kv_heads, dim)
             pages = Pages(keys, values, spec, block_size, table, lens, starts)
-            variants = [(Tuning(64, 4, 3), 128), (Tuning(64, 8, 5), 128), (Tuning(64, 4, 3), 64)]
-            if kind == "bf16":
-                variants += [(Tuning(128, 8, 3), 128), (Tuning(128, 8, 5), 128)]
-            if model == "8b":
-                variants = variants[:1]
+            variants = [(Tuning(64, 4, 3), 128), (Tuning(64, 4, 2), 64), (Tuning(128, 4, 2), 64),
+                        (Tuning(128, 4, 3), 64), (Tuning(128, 8, 3), 128)]  # fmt: skip
             for tuning, rows in variants:
-                queries = prefill_queries(heads, kv_heads, rows)
+                queries = run_length(heads, kv_heads, rows)
                 runs = list_runs(pages, queries, -(-length // queries))
                 out = torch.full_like(q, torch.nan)
                 name = {"tile": tuning.tile, "warps": tuning.warps, "stages": tuning.stages,
                         "rows": rows}  # fmt: skip
                 try:
 
-                    def call(t: Any = tuning, r: Any = runs, o: Any = out, n: int = rows) -> None:
-                        prefill(q, pages, o, r, dim**-0.5, tuning=t, rows=n)
+                    def call(
+                        t: Any = tuning, r: Any = runs, o: Any = out, n: Any = queries
+                    ) -> None:
+                        prefill(q, pages, o, r, dim**-0.5, tuning=t, queries=n)
 
                     call()
                     error = relative(out, expected)

@@ -83,16 +83,16 @@ def triton_attention(
         encoding: how the layer is written, where kernels know it.
         formats: of its planes, where they are known already.
     """
-    from kvist.attention.kernels.launch import Pages, list_runs, prefill, prefill_queries
+    from kvist.attention.kernels.launch import Pages, list_runs, prefill, prefill_tuning
 
     assert isinstance(kv, PagedKV)
     formats = formats or _formats(kv)
     assert formats is not None
-    batch, heads = kv.batch, q.shape[1]
+    batch = kv.batch
     pages = Pages(*formats, kv.spec, kv.block_size, kv.block_table, kv.kv_lens, kv.query_starts)
     if encoding is None:
         q = kv.codec.to_basis(q, kv.layer_idx).contiguous()
-    queries = prefill_queries(heads, kv.spec.num_kv_heads, pages.prefill_rows)
+    tuning, queries = prefill_tuning(pages, q)
     step = _division(kv, queries, plain=formats[0].kind == formats[1].kind == PLAIN)
     if step.fresh and batch.num_sequences == 1:
         return _whole_prompt(q, kv, 0, scale)
@@ -106,7 +106,8 @@ def triton_attention(
         listed = ("triton prefill", queries, step.whole)
         if listed not in kv.memo:
             kv.memo[listed] = list_runs(pages, queries, step.runs, step.whole)
-        started.append(partial(prefill, q, pages, out, kv.memo[listed], scale))
+        runs = kv.memo[listed]
+        started.append(partial(prefill, q, pages, out, runs, scale, tuning=tuning, queries=queries))
     if step.longest:
         decode = partial(_decode, q, pages, out, kv, step, scale, dependent=dependent, rotate=back)
         started.append(decode)

@@ -78,19 +78,22 @@ DECODE = {
     INT4: Tuning(32, 1, 5),
 }
 CROWDED_PLAIN = Tuning(128, 4, 3)  # of so many sequences that splits are longer than a tile
+# A prefill program's rows are queries times heads of a group. Few rows to a program make more
+# programs; of plain keys many rows are better once there is work for all.
+ROWS = 64
 PREFILL = {
-    PLAIN: Tuning(64, 4, 3),
-    FP8: Tuning(64, 4, 3),
-    INT8: Tuning(64, 8, 5),
-    INT4: Tuning(64, 8, 5),
+    PLAIN: Tuning(64, 4, 2),
+    FP8: Tuning(128, 4, 3),
+    INT8: Tuning(128, 4, 2),
+    INT4: Tuning(128, 4, 2),
 }
+LONG_PLAIN, LONG_ROWS, LONG_FROM = Tuning(64, 4, 3), 128, 1 << 16  # a step's rows in all
 # Of a decode step, about: a sequence's splits are spread over several programs only up to it.
 WARPS = 16384
 # Products of float32 are single multiplications, all written out: in the tiles above they take a
 # compiler two minutes, in these two seconds.
 DECODE_FLOAT32 = Tuning(64, 8, 2)
 PREFILL_FLOAT32, ROWS_FLOAT32 = Tuning(16, 4, 2), 32
-PREFILL_ROWS = 128  # queries times heads of a group
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,6 @@ class Pages:
     def in_float32(self) -> bool:
         """Whether products are computed in float32."""
         return torch.float32 in (self.keys.values.dtype, self.values.values.dtype)
-
-    @property
-    def prefill_rows(self) -> int:
-        """Queries times heads of a group that a prefill program takes."""
-        return ROWS_FLOAT32 if self.in_float32 else PREFILL_ROWS
 
     def visible(self, kv_len: int) -> int:
         """Keys that a sequence's last query sees."""
@@ -286,8 +284,23 @@ def list_runs(pages: Pages, queries: int, room: int, whole: range = range(0)) ->
     return runs
 
 
-def prefill_queries(heads: int, kv_heads: int, rows: int = PREFILL_ROWS) -> int:
-    """Queries of a run, so that with the heads of a group they make `rows` rows."""
+def prefill_tuning(pages: Pages, q: Tensor) -> tuple[Tuning, int]:
+    """Tile sizes for a step's queries `[N, heads, head_dim]`, and how many make a run.
+
+    The same for numbers of queries that a recording is padded to as for those up to them.
+    """
+    heads = q.shape[1]
+    if pages.in_float32:
+        tuning, rows = PREFILL_FLOAT32, ROWS_FLOAT32
+    elif pages.values.kind == PLAIN and next_power_of_2(len(q)) * heads >= LONG_FROM:
+        tuning, rows = LONG_PLAIN, LONG_ROWS
+    else:
+        tuning, rows = PREFILL[pages.values.kind], ROWS
+    return tuning, run_length(heads, pages.spec.num_kv_heads, rows)
+
+
+def run_length(heads: int, kv_heads: int, rows: int) -> int:
+    """Queries that with the heads of a group make so many rows."""
     return max(1, rows // next_power_of_2(heads // kv_heads))
 
 
@@ -298,8 +311,8 @@ def prefill(
     runs: Tensor,
     scale: float,
     *,
-    tuning: Tuning | None = None,
-    rows: int | None = None,
+    tuning: Tuning,
+    queries: int,
 ) -> None:
     """Attention of the sequences with several queries, into `out`.
 
@@ -307,14 +320,12 @@ def prefill(
         q: `[N, heads, head_dim]` in the planes' basis, contiguous.
         pages: the layer, with tables and lengths of B sequences.
         out: like q; other sequences' rows are left alone.
-        runs: from `list_runs`, for `prefill_queries` queries each.
+        runs: from `list_runs`.
         scale: factor of the scores.
-        tuning: tile sizes; by default those of the codec.
-        rows: of a program, queries times heads of a group; by default as `pages` says.
+        tuning: tile sizes.
+        queries: of a run, a power of two.
     """
     heads, kv_heads = q.shape[1], pages.spec.num_kv_heads
-    usual = PREFILL_FLOAT32 if pages.in_float32 else PREFILL[pages.values.kind]
-    tuning, rows = tuning or usual, rows or pages.prefill_rows
     prefill_kernel[(kv_heads, runs.shape[0])](
         q,
         *pages.pointers(),
@@ -323,7 +334,7 @@ def prefill(
         pages.block_table.stride(0),
         scale * LOG2_E,
         **pages.constants(heads),
-        QUERIES=prefill_queries(heads, kv_heads, rows),
+        QUERIES=queries,
         GROUP=next_power_of_2(heads // kv_heads),
         TILE=tuning.tile,
         num_warps=tuning.warps,
