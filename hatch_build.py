@@ -21,8 +21,8 @@ NATIVE = Path("src/kvist/native")
 LIBRARY = "_kvist.so"
 
 # Compiled once for every processor; which instruction set runs is decided where the library runs.
-COMMON = ("api.cpp", "dispatch.cpp", "model.cpp", "pool.cpp", "step.cpp", "testing.cpp",
-          "workspace.cpp")  # fmt: skip
+COMMON = ("api.cpp", "dispatch.cpp", "model.cpp", "pool.cpp", "screen.cpp", "step.cpp",
+          "testing.cpp", "workspace.cpp")  # fmt: skip
 FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=off")  # fmt: skip
 PORTABLE = ("-O2", "-ftree-vectorize", "-DKVIST_ISA=portable")

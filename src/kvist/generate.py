@@ -26,7 +26,7 @@ from kvist.prepare import prepare
 from kvist.runner.encoder_cache import with_images
 from kvist.runner.executors import choose_step
 from kvist.runner.follow import Guessed, follow
-from kvist.runner.sampler import Sampler, check_finite, logprobs_of
+from kvist.runner.sampler import Sampler, check_finite, is_simple, logprobs_of
 from kvist.runner.step import StepFunction
 from kvist.sample import Sample
 
@@ -140,9 +140,15 @@ def decode(
         sampler.admit(sample.slot, sample.params, sample.sequence.prompt_ids)
 
     def forward(
-        rows: Sequence[Sample], tokens: Sequence[Sequence[int]], logits: LogitRows
+        rows: Sequence[Sample],
+        tokens: Sequence[Sequence[int]],
+        logits: LogitRows,
+        *,
+        largest_only: bool = False,
     ) -> tuple[Batch, Tensor]:
-        batch = Batch.pack(tokens, cache.lengths, device=model.device, logits=logits)
+        batch = Batch.pack(
+            tokens, cache.lengths, device=model.device, logits=logits, largest_only=largest_only
+        )
         if model.images is not None:
             batch = with_images(batch, model.decoder, [row.images for row in rows], model.images)
         scores = step(batch, cache.bind(batch, backend=backend))
@@ -177,7 +183,10 @@ def decode(
         else:
             cache.reset()
             new = [[*s.sequence.prompt_ids, *s.sequence.output_ids] for s in running]
-        _, logits = forward(running, new, "all" if any(guesses) else "last")
+        if any(guesses):
+            _, logits = forward(running, new, "all")
+        else:
+            _, logits = forward(running, new, "last", largest_only=all(map(_likeliest, running)))
         steps += 1
 
 
@@ -260,6 +269,13 @@ def guess(sample: Sample, most: int, max_chunk: int | None) -> list[int]:
     left = sample.params.max_tokens - len(sample.sequence.output_ids) - 1
     limit = min(most, left, most if max_chunk is None else max_chunk - 1)
     return prompt_lookup(sample.sequence.prompt_ids, sample.sequence.output_ids, limit)
+
+
+def _likeliest(sample: Sample) -> bool:
+    """Whether the sample's next token is where the largest logit is, and no more is asked of it."""
+    params = sample.params
+    said = len(sample.sequence.output_ids)
+    return params.greedy and is_simple(params) and params.min_tokens <= said
 
 
 def _owner(running: Sequence[Sample], guesses: Sequence[Sequence[int]], row: int) -> str:

@@ -60,6 +60,8 @@ class Batch:
         embeddings: `[N, hidden]` instead of the ids' own embeddings (images, soft prompts).
         rope_positions: `[N]` or `[axes, N]` where rotation does not follow `positions`.
         lasts_only: whether `logit_rows` are known to be the last of every sequence, in order.
+        largest_only: whether nothing will be asked of the logits but where each row's largest is,
+            and whether they are finite (`runner.greedy`); a step may leave the rest out.
         owners: `sequence_index`, where it is known already. Both follow from `query_lens` and
             `logit_rows`: `dataclasses.replace` these together.
     """
@@ -73,6 +75,7 @@ class Batch:
     embeddings: Tensor | None = None
     rope_positions: Tensor | None = None
     lasts_only: bool = False
+    largest_only: bool = False
     owners: Tensor | None = None
 
     @classmethod
@@ -84,6 +87,7 @@ class Batch:
         device: str | torch.device = "cpu",
         logits: LogitRows = "last",
         slots: Sequence[int] | None = None,
+        largest_only: bool = False,
     ) -> "Batch":
         """Pack each sequence's new tokens behind what it has cached.
 
@@ -93,6 +97,7 @@ class Batch:
             device: where the tensors are made.
             logits: each sequence's last row, all rows, none, or the packed rows given.
             slots: storage rows; `0 .. B-1` unless given.
+            largest_only: see the class.
         """
         query_lens = tuple(len(t) for t in tokens)
         kv_lens = tuple(c + n for c, n in zip(cached, query_lens, strict=True))
@@ -129,6 +134,7 @@ class Batch:
             logit_rows=chosen,
             slots=tuple(range(len(query_lens)) if slots is None else slots),
             lasts_only=len(lasts) == len(query_lens) and lasts == list(rows),
+            largest_only=largest_only,
             owners=index,
         )
 

@@ -27,6 +27,7 @@ from kvist.runner.greedy import with_largest
 
 __all__ = ["NativeStep", "native_step"]
 
+_UNKNOWN = torch.full((1, 1), torch.nan)  # logits that nobody is to look at
 BAD_TOKEN = 2  # what `kvist_step` returns for it
 ARITHMETIC = 2  # raised by one whenever the same weights come to compute other numbers
 
@@ -69,6 +70,7 @@ class NativeStep:
         self.packed = packed
         self._planes = BoundPlanes()
         self._lock = Lock()
+        self._screened: bool | None = None  # whether a step may leave the logits out, once asked
 
     @property
     def fingerprint(self) -> str:
@@ -86,6 +88,10 @@ class NativeStep:
         Raises:
             NotSupported: a cache or positions that it does not read; nothing was written.
         """
+        alone = batch.num_tokens == 1 and batch.logit_rows.shape[0] == 1
+        return self._run(batch, cache, screened=batch.largest_only and alone and self._can_screen())
+
+    def _run(self, batch: Batch, cache: KVCache, *, screened: bool) -> Tensor:
         packed = self.packed
         if os.getpid() != packed.pid:
             raise KvistError("the native executor's threads stay behind in a fork; make it anew")
@@ -96,12 +102,15 @@ class NativeStep:
         if bound is not batch:
             raise KvistError("the cache is bound to another batch than the one given")
         rows = batch.logit_rows.contiguous()
-        count = rows.shape[0]
-        whole = torch.empty(count, packed.padded_vocab)
-        vocab = packed.config.vocab_size
+        count, vocab = rows.shape[0], packed.config.vocab_size
         # (Each of torch's operators costs tens of microseconds here: weights have been through the
         # caches since the last one.)
-        logits = whole if vocab == packed.padded_vocab else whole[:, :vocab]
+        whole = _UNKNOWN if screened else torch.empty(count, packed.padded_vocab)
+        logits = whole
+        if screened:
+            logits = whole.expand(1, vocab)
+        elif vocab != packed.padded_vocab:
+            logits = whole[:, :vocab]
         if not batch.num_tokens:
             return logits
         embeddings = batch.embeddings
@@ -125,7 +134,7 @@ class NativeStep:
             ctypes.addressof(lengths),
             rows.data_ptr(),
             ctypes.addressof(layers.inputs),
-            whole.data_ptr(),
+            None if screened else whole.data_ptr(),
             largest.buffer_info()[0],
         )
         with self._lock:
@@ -134,7 +143,15 @@ class NativeStep:
             raise RequestError(f"a token id is not in the vocabulary of {vocab}")
         if failed:
             raise KvistError(f"not enough memory for a step of {batch.num_tokens} tokens")
+        if screened and largest[0] < 0:  # not all are finite: whoever asks may want to know which
+            return self._run(batch, cache, screened=False)
         return with_largest(logits, largest)
+
+    def _can_screen(self) -> bool:
+        if self._screened is None:
+            with self._lock:
+                self._screened = bool(library().kvist_model_screen(self.packed.handle))
+        return self._screened
 
 
 @cache

@@ -14,7 +14,7 @@ from kvist.errors import ConfigError, NotSupported
 __all__ = ["LayerInput", "PlaneInput", "Shape", "StepInput", "library", "missing"]
 
 LIBRARY = Path(__file__).with_name("_kvist.so")
-INTERFACE = 4  # kvist_interface() of the library that these declarations are of
+INTERFACE = 5  # kvist_interface() of the library that these declarations are of
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int32
@@ -98,6 +98,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "kvist_model_pack": (None, (_pointer, _int, _int, _int, _pointer, _int)),
     "kvist_model_vector": (None, (_pointer, _int, _int, _pointer, _int)),
     "kvist_model_embedding": (None, (_pointer, _int, _pointer)),
+    "kvist_model_screen": (_int, (_pointer,)),
     "kvist_step": (_int, (_pointer, ctypes.POINTER(StepInput))),
     "kvist_forget_pages": (None, (_pointer, _long)),
     "kvist_argmax": (_long, (_pointer, _long)),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvist.cache.batch import Batch, int_tensor
 from kvist.cache.paged import PagedPool
-from kvist.core.params import ResolvedParams
 from kvist.core.plan import LAST_SAMPLED, Plan, PlanRow, RowOutput, StepOutput, TokenLogprobs
 from kvist.core.protocols import Ticket
 from kvist.models.decoder import CausalLM
@@ -27,7 +26,7 @@ from kvist.runner.graphs import DecodeGraphs
 from kvist.runner.greedy import finite_rows
 from kvist.runner.prompt_graphs import PromptGraphs
 from kvist.runner.recorder import Recorder
-from kvist.runner.sampler import Sampler, logprobs_later, read_later
+from kvist.runner.sampler import Sampler, is_simple, logprobs_later, read_later
 from kvist.runner.step import StepFunction, model_step
 from kvist.runner.uploads import Kind, Uploads
 
@@ -84,7 +83,7 @@ class PagedRunner:
         self._on_device: AbstractContextManager[Any] = nullcontext()
         if pool.device.type == "cuda":
             self._on_device = torch.cuda.device(pool.device)
-        # Slots whose sampling a recording can do: nothing but temperature and filters.
+        # Slots of sequences that ask for no more than temperature and filters.
         self._simple: set[int] = set()
         self._graphs, self._prompt_graphs = None, None
         if record:
@@ -131,7 +130,7 @@ class PagedRunner:
             self.sampler.admit(new.slot, new.params, new.prompt_ids, new.output_ids)
             self._ending[new.slot] = frozenset(new.ending_ids)
             self._tops[new.slot] = (new.params.logprobs, new.params.prompt_logprobs)
-            (self._simple.add if _is_simple(new.params) else self._simple.discard)(new.slot)
+            (self._simple.add if is_simple(new.params) else self._simple.discard)(new.slot)
             if self._graphs is not None:
                 self._graphs.uploads.admit(new.slot, new.params, self.vocab_size)
         self.pool.apply(plan.groups, [new.slot for new in plan.admitted])
@@ -156,10 +155,7 @@ class PagedRunner:
         """
         kind: Kind = "logits"
         if self._graphs is not None:
-            if all(
-                row.slot in self._simple and not (row.ban_ending or row.mask or row.prompt_targets)
-                for row in rows
-            ):
+            if all(map(self._is_simple, rows)):
                 kind = self._graphs.uploads.kind_of(rows)
             if self._graphs.fits(rows):
                 out, asked = self._graphs.run(rows, kind), len(rows) if kind == "logits" else 0
@@ -196,6 +192,9 @@ class PagedRunner:
             device=self.pool.device,
             slots=[row.slot for row in rows],
             logits=spans,
+            largest_only=all(
+                self._is_simple(row) and not (row.uniforms or row.num_drafts) for row in rows
+            ),
         )
         if any(row.tokens[0] == LAST_SAMPLED for row in rows):
             slots = int_tensor([row.slot for row in rows for _ in row.tokens], self.pool.device)
@@ -204,6 +203,10 @@ class PagedRunner:
         if any(row.images for row in rows):
             batch = replace(batch, embeddings=self._embed(batch, rows))
         return batch, targets, samples
+
+    def _is_simple(self, row: PlanRow) -> bool:
+        """Whether the row's token follows from logits, a uniform number and temperature alone."""
+        return row.slot in self._simple and not (row.ban_ending or row.mask or row.prompt_targets)
 
     def _embed(self, batch: Batch, rows: Sequence[PlanRow]) -> Tensor:
         """The tokens' embeddings, with the slices of images in their places."""
@@ -251,18 +254,6 @@ class PagedRunner:
         return Guessed(
             row.slot, places[0], drafts, row.uniforms, self._ending[row.slot], row.ban_ending
         )
-
-
-def _is_simple(params: ResolvedParams) -> bool:
-    """Whether sampling needs no more than temperature, filters and a uniform number."""
-    return (
-        params.logprobs is None
-        and not params.filter_first
-        and not params.logit_bias
-        and not params.presence_penalty
-        and not params.frequency_penalty
-        and params.repetition_penalty == 1.0
-    )
 
 
 class _Drawn(NamedTuple):

@@ -192,6 +192,18 @@ class Sampler:
         return torch.where(greedy | (drawn >= self.vocab_size), best, drawn)
 
 
+def is_simple(params: ResolvedParams) -> bool:
+    """Whether sampling needs no more than temperature, filters and a uniform number."""
+    return (
+        params.logprobs is None
+        and not params.filter_first
+        and not params.logit_bias
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.repetition_penalty == 1.0
+    )
+
+
 def kernel_params(params: ResolvedParams, vocab_size: int) -> tuple[float, float, float, float]:
     """Temperature, k, p and min-p as the sampling kernels take them; k is 0 where it keeps all."""
     k = params.top_k if 0 < params.top_k < vocab_size else 0

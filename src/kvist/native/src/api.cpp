@@ -27,7 +27,7 @@ struct Handle {
 #define KVIST_API extern "C" __attribute__((visibility("default")))
 
 // Raised by one whenever a signature or a structure changes.
-KVIST_API int32_t kvist_interface() { return 4; }
+KVIST_API int32_t kvist_interface() { return 5; }
 
 KVIST_API const char* kvist_best_isa() { return kernels_named("")->name; }
 
@@ -82,6 +82,20 @@ KVIST_API void kvist_model_vector(Handle* handle, int32_t layer, int32_t slot, c
 KVIST_API void kvist_model_embedding(Handle* handle, int32_t stored, const uint8_t* rows) {
     handle->model.embedding = rows;
     handle->model.embedding_type = (Stored)stored;
+}
+
+// Prepare for steps that leave the logits out. 1, or 0 where this model or machine has no such steps.
+KVIST_API int32_t kvist_model_screen(Handle* handle) {
+    const std::lock_guard<std::mutex> lock(handle->one_at_a_time);
+    Model& model = handle->model;
+    if (!model.kernels->bound || model.head.kind != Q8) return 0;
+    try {
+        if (!model.screen)
+            model.screen = std::make_unique<Screen>(model.pool, *model.kernels, model.head);
+        return 1;
+    } catch (...) {
+        return 0;
+    }
 }
 
 // 0; 1 where there is no memory for it; 2 where a token is none of the vocabulary's, and then the

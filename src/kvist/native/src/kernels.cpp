@@ -1,5 +1,6 @@
 // The table of kernels for one instruction set: compiled once for each, with KVIST_ISA its name.
 #include "attention.h"
+#include "coarse.h"
 #include "linear.h"
 #include "vectors.h"
 
@@ -21,8 +22,14 @@ namespace kvist {
 
 const Kernels* KVIST_TABLE(KVIST_ISA)() {
     static const Kernels table = {
-        KVIST_NAME(KVIST_ISA), false,    12,           nullptr,  quantise, norm_quantise, norm,
-        linear,                gate_up,  rotate,       unrotate, store_token,
+        KVIST_NAME(KVIST_ISA), false,    12,       nullptr, quantise, norm_quantise, norm,
+        linear,                gate_up,
+#if defined(__AVX512VNNI__)
+        coarse_products,       coarse_bounds, coarse_reaching,
+#else
+        nullptr,               nullptr,  nullptr,
+#endif
+        rotate,                unrotate, store_token,
         ::attend,              merge,    argmax,   all_finite,
     };
     return &table;

@@ -28,9 +28,9 @@ namespace kvist {
 
 constexpr int LANES = 16;  // rows of a group
 constexpr int BLOCK = 32;  // columns that share a scale
-constexpr int Q4_BLOCK = 320, Q8_BLOCK = 544;  // bytes of a group's block
+constexpr int Q4_BLOCK = 320, Q8_BLOCK = 544, COARSE_BLOCK = 352;  // bytes of a group's block
 
-enum Kind : int32_t { Q4 = 0, Q8 = 1, W32 = 2, W16 = 3 };
+enum Kind : int32_t { Q4 = 0, Q8 = 1, W32 = 2, W16 = 3, COARSE = 4 };
 enum Element : int32_t { F32 = 0, BF16 = 1, I8 = 2, U4 = 3 };
 
 constexpr int SPAN = 128;  // positions that attention takes together; softmax is merged over spans
@@ -38,9 +38,14 @@ constexpr int MOST_HEAD_DIM = 256;
 constexpr int ROW_TILE = 16;  // rows of activations have room up to a multiple of this
 
 constexpr int block_bytes(Kind kind) {
-    return kind == Q4 ? Q4_BLOCK : kind == Q8 ? Q8_BLOCK : BLOCK * LANES * (kind == W32 ? 4 : 2);
+    switch (kind) {
+        case Q4: return Q4_BLOCK;
+        case Q8: return Q8_BLOCK;
+        case COARSE: return COARSE_BLOCK;
+        default: return BLOCK * LANES * (kind == W32 ? 4 : 2);
+    }
 }
-constexpr bool in_floats(Kind kind) { return kind >= W32; }
+constexpr bool in_floats(Kind kind) { return kind == W32 || kind == W16; }
 
 struct Matrix {
     const uint8_t* data;  // of group 0
@@ -74,6 +79,13 @@ struct Activations {
         if (tiles) return {q, scale, sum, isum, floats, tiles + numbers, columns};
         return {q + numbers, scale + blocks, sum + blocks, isum + blocks, floats, tiles, columns};
     }
+};
+
+// A row of activations for coarse weights: 16 bits of each value, 256 high + low, times a scale for each
+// block. `scale` is 8 of these scales, `offset` the block's sum times -124.5 of them.
+struct CoarseRow {
+    const int8_t *high, *low;
+    const float *scale, *offset;
 };
 
 // One head of one side of the cache of one sequence. The token at position p begins at place
@@ -122,6 +134,13 @@ struct Kernels {
     // Blocks [begin, end) of 32 hidden units: to = quantise(silu(gate x) * (up x)).
     void (*gate_up)(const Matrix& gate, const Matrix& up, int begin, int end, const Activations& x,
                     int rows, const Activations& to, void* scratch);
+    // For who asks where the largest logit is: see screen.h and coarse.h; null where there are none.
+    void (*coarse)(const Matrix& coarse, int begin, int end, const CoarseRow& x, float* y);
+    // For each row of the groups [begin, end) of a q8 matrix: what its product with any x and that of its
+    // coarse copy differ by at most, over |x / sqrt(p)|. Returns the largest |128 d sqrt(p)| of a row.
+    float (*bound)(const Matrix& full, bool tiles, int begin, int end, const float* p, float* bounds);
+    // The first group from `group` on that has a y + bound * length of `least` or more, or a NaN; or end.
+    int (*reaching)(const float* y, const float* bounds, float length, float least, int group, int end);
     void (*rotate)(float* x, const float* cos_sin, int head_dim, float scale);
     // Queries into the Hadamard basis of keys, or sums of values back from it.
     void (*unrotate)(float* x, int head_dim);

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "screen.h"
 
 namespace kvist {
 
@@ -51,6 +52,7 @@ struct Model {
     Pool pool;
     std::vector<Layer> layers;
     Matrix head{};
+    std::unique_ptr<Screen> screen;  // of the head, if who runs steps has asked for one
     std::vector<float> norm, frequencies;  // frequencies: head_dim / 2
     const uint8_t* embedding = nullptr;    // the file's own rows, kept by the caller
     Stored embedding_type = STORED_F32;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 namespace kvist {
 namespace {
@@ -53,6 +54,8 @@ class Pass {
           group_(s.heads / s.kv_heads),
           q_size(s.heads * s.head_dim), kv_size(s.kv_heads * s.head_dim), ld(q_size + 2 * kv_size),
           tokens_(placed(rows, threads)), places_(rows), owned_(threads, {{0, rows}, {}}),
+          logits_(input.logits ? input.logits : model.screen->logits()),
+          screened_(!input.logits && model.screen->ready()),
           dealt_((size_t)(PHASES * model.shape.layers + PHASES)), turns_(threads_) {
         cut_blocks();
         place_rows();
@@ -79,7 +82,7 @@ class Pass {
             for (int t = 0; t < threads_ && !best_.empty(); t++) {
                 const Best& own = best_[t * rows + i];
                 all.finite &= own.finite;
-                if (own.value > -HUGE_VALF) all.meet(own.at, in.logits + (logits_begin_ + i) * width);
+                if (own.value > -HUGE_VALF) all.meet(own.at, logits_ + (logits_begin_ + i) * width);
             }
             in.largest[logits_begin_ + i] = !best_.empty() && all.finite ? all.at : -1;
         }
@@ -254,7 +257,7 @@ class Pass {
     }
     // The same of a layer's projections; behind the last layer comes the head.
     const uint8_t* begin_of_layer(int l, int t) const {
-        if (l == s.layers) return begin_of(m.head, m.head.groups, t);
+        if (l == s.layers) return begin_of(screened_ ? m.screen->coarse() : m.head, m.head.groups, t);
         const Matrix* parts = m.layers[l].matrices;
         int64_t group = mine(parts[Q_PROJ].groups + parts[K_PROJ].groups + parts[V_PROJ].groups, t).begin;
         int slot = Q_PROJ;
@@ -508,8 +511,9 @@ class Pass {
             const int64_t row = places_[in.logit_rows[logits_begin_ + i] - first_];
             k.norm_quantise(x(row), m.norm.data(), s.norm_eps, to, i);
         });
+        if (screened_) return screen(from, t);
         const int64_t width = (int64_t)m.head.groups * LANES;
-        float* out = in.logits + logits_begin_ * width;
+        float* out = logits_ + logits_begin_ * width;
         deal(t, m.head.groups, 64, [&](Share part) {
             linear(m.head, part, from, {0, rows}, out, width, false, t);
             if (best_.empty()) return;
@@ -518,6 +522,32 @@ class Pass {
             for (int64_t i = 0; i < rows && size > 0; i++)
                 best_[t * rows + i].meet(k, out + i * width, begin, size);
         });
+    }
+
+    // The largest logit of one row, without all others: see Screen.
+    void screen(const Activations& from, int t) {
+        const Screen& screen = *m.screen;
+        const Share own = mine(m.head.groups, t);
+        Best& best = best_[t];
+        auto read = [&](int64_t g) {
+            linear(m.head, {g, g + 1}, from, {0, 1}, logits_, 0, false, t);
+            best.meet(k, logits_, g * LANES, std::min<int64_t>(LANES, s.vocab - g * LANES));
+        };
+        // (`linear` needs the scratch from its beginning on.)
+        const Screen::Query query = screen.query(from, w.scratch[t] + group_scratch(s.hidden));
+        k.coarse(screen.coarse(), (int)own.begin, (int)own.end, query.row, logits_);
+        const int64_t begin = own.begin * LANES, end = std::min<int64_t>(own.end * LANES, s.vocab);
+        if (begin < end) read((begin + k.argmax(logits_ + begin, end - begin)) / LANES);
+        m.pool.barrier(t);
+        float least = -HUGE_VALF;
+        for (const Best& other : best_) least = std::max(least, other.value);
+        m.pool.barrier(t);  // all have seen them as they were
+        // What a row's coarse product has to reach, rounded down.
+        least -= query.rest + 1e-6f * (std::fabs(least) + query.rest);
+        auto next = [&](int64_t g) {
+            return k.reaching(logits_, screen.bounds(), query.length, least, (int)g, (int)own.end);
+        };
+        for (int64_t g = next(own.begin); g < own.end; g = next(g + 1)) read(g);
     }
 
     Model& m;
@@ -537,6 +567,8 @@ class Pass {
     std::vector<int64_t> begins_;  // of each block's parts, where they are dealt out
     int64_t logits_begin_, logits_end_;
     bool split_;
+    float* const logits_;
+    const bool screened_;
     std::vector<Best> best_;  // [threads, rows of logits], if they are few
     // What is dealt out already of each phase, and at which phase each thread is.
     std::vector<std::atomic<int64_t>> dealt_;
@@ -554,6 +586,8 @@ void reserve_pass(Model& model, Workspace& space) {
 }
 
 void run_step(Model& model, Workspace& space, const StepInput& input) {
+    if (!input.logits && !(model.screen && input.largest && input.tokens == 1 && input.logit_count == 1))
+        throw std::invalid_argument("a step without logits is one row's, of a model with a screen");
     for (int first = 0, rows; first < input.tokens; first += rows) {
         const int threads = model.pool.choose();
         rows = std::min(most_rows(threads), input.tokens - first);
@@ -561,6 +595,7 @@ void run_step(Model& model, Workspace& space, const StepInput& input) {
         model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass,
                        input.tokens <= FEW_ROWS);
         pass.find_largest();
+        if (!input.logits) model.screen->learn(space.own[0]);
     }
 }
 

@@ -39,7 +39,8 @@ struct StepInput {
     const int32_t* kv_lens;       // [sequences]
     const int64_t* logit_rows;    // [logit_count], ascending
     const LayerInput* layers;     // [layers]
-    float* logits;                // [logit_count, groups of the head * 16]
+    // [logit_count, groups of the head * 16]; null: of one row only the largest is wanted.
+    float* logits;
     // Of each of `logits` the first largest, -1 where a number is not finite; or null.
     int64_t* largest;
 };
