@@ -103,6 +103,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "kvist_forget_pages": (None, (_pointer, _long)),
     "kvist_argmax": (_long, (_pointer, _long)),
     "kvist_test_pool": (None, (_int, _int, _pointer)),
+    "kvist_test_screen": (_int, (ctypes.c_char_p, _pointer, *(_int,) * 3, *(_pointer,) * 4)),
     "kvist_test_linear": (_int, (ctypes.c_char_p, _int, _pointer, *(_int,) * 3, *(_pointer,) * 2)),
 }
 
