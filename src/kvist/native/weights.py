@@ -33,6 +33,8 @@ __all__ = ["PackedModel", "PackedSize", "QuantizedWeights", "pack_model", "packe
 STORED = {"Q4_0": (0, 0), "Q4_1": (1, 0), "Q8_0": (2, 1)}
 STORED_FLOATS = {torch.float32: (3, 2), torch.float16: (4, 2), torch.bfloat16: (5, 3)}
 _BLOCK_BYTES = (20, 34, 128, 64)  # of 32 numbers of a row, by kind
+# Instruction sets with a coarse copy of a Q8_0 head, and its bytes of 32 numbers.
+_SCREENED, _COARSE_BYTES = ("avx512", "amx"), 22
 
 _LAYER_MATRICES = (
     "self_attn.q_proj",
@@ -135,7 +137,8 @@ class PackedSize(NamedTuple):
     """What a checkpoint will take in native code.
 
     Args:
-        weights: bytes of its packed matrices; an embedding of its own stays in the mapped file.
+        weights: bytes of its packed matrices, with the head's coarse copy for greedy steps; an
+            embedding of its own stays in the mapped file.
         cache_dtype: see `PackedModel`.
     """
 
@@ -155,7 +158,10 @@ def packed_size(config: DecoderConfig, checkpoint: QuantizedWeights) -> PackedSi
     total = 0
     for name in [*chain.from_iterable(names), head_name]:
         rows, columns = checkpoint.shape(name)
-        total += -(-rows // 16) * 16 * columns // 32 * _BLOCK_BYTES[read.kind(name)]
+        blocks = -(-rows // 16) * 16 * columns // 32
+        total += blocks * _BLOCK_BYTES[read.kind(name)]
+    if isa in _SCREENED and read.kind(head_name) == STORED["Q8_0"][1]:
+        total += blocks * _COARSE_BYTES
     return PackedSize(total, _CACHE_DTYPES.get(_activations(isa, quantised)))
 
 
