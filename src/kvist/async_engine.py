@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from kvist.core.garbage import old_objects_spared
+from kvist.core.garbage import rare_full_collections
 from kvist.core.params import SamplingParams
 from kvist.core.record import BlockDetail, Look, Snapshot
 from kvist.core.results import Delta
@@ -285,13 +285,10 @@ class AsyncLLM:
 
     def _run(self) -> None:
         try:
-            going = self._receive(wait=True)
-            while going:
-                with old_objects_spared():
-                    while going and self._engine.has_unfinished:
+            with rare_full_collections():
+                while self._receive():
+                    if self._engine.has_unfinished:
                         self._tell(self._desk.take(self._engine.step()))
-                        going = self._receive(wait=False)
-                going = going and self._receive(wait=True)
         except BaseException as error:  # whatever it is, nobody may wait for ever
             self._death = error
         finally:
@@ -306,8 +303,9 @@ class AsyncLLM:
                     if call is not None:
                         call.refuse(self._dead())
 
-    def _receive(self, *, wait: bool) -> bool:
-        """Carry out what was asked, or wait for something if nothing was; False to end."""
+    def _receive(self) -> bool:
+        """Carry out what was asked; waits for it only if there is nothing else to do."""
+        wait = not self._engine.has_unfinished
         while True:
             try:
                 call = self._inbox.get(block=wait)

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvist.core.garbage import old_objects_spared
+from kvist.core.garbage import rare_full_collections
 from kvist.core.params import SamplingParams
 from kvist.core.record import Snapshot
 from kvist.core.results import Result
@@ -101,7 +101,7 @@ class LLM:
             for job in sorted(jobs, key=lambda job: -job.request.params.max_tokens):
                 self._desk.add(job)
             total = sum(len(job.samples) for job in jobs)
-            with old_objects_spared(), _bar(total, shown=progress) as bar:
+            with rare_full_collections(), _bar(total, shown=progress) as bar:
                 while self.engine.has_unfinished:
                     touched = self._desk.take(self.engine.step())
                     bar.advance(sum(sample.record is not None for sample in touched))

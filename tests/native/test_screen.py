@@ -199,3 +199,39 @@ def test_generating_gives_the_same_tokens_with_and_without_log_probabilities(pat
     assert paged.token_ids == with_logprobs.token_ids == plain.token_ids
     held = replace(params, min_tokens=5, ignore_eos=False)
     assert kvist.generate(model, prompt, held)[0].token_ids[:5] == plain.token_ids[:5]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_fork_is_told_at_once(make_step: Callable[..., NativeStep], isa: str) -> None:
+    step = make_step(isa)
+    step.packed = replace(step.packed, pid=-1)  # as if this process were a fork of that one
+    batch = Batch.pack([[1]], [0], largest_only=True)
+    with pytest.raises(kvist.errors.KvistError, match="fork"):
+        step(batch, None)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("isa", ISAS)
+def test_tokens_stay_the_same_where_screening_is_given_up(tmp_path: Path, isa: str) -> None:
+    """Rows that hardly differ leave all of them in doubt."""
+    shape = replace(LLAMA, vocab=800)
+    where = write_gguf(tmp_path / "alike.gguf", shape, "Q8_0")
+    data = bytearray(where.read_bytes())
+    reader = gguf.GGUFReader(where)
+    head = next(t for t in reader.tensors if t.name == "token_embd.weight")
+    begin, row = head.data_offset, head.n_bytes // shape.vocab
+    del reader
+    for i in range(1, shape.vocab):  # the first row, but for one number
+        data[begin + i * row : begin + (i + 1) * row] = data[begin : begin + row]
+        data[begin + i * row + 2 + i % 32] ^= 1
+    where.write_bytes(data)
+    model = kvist.load(where, executor="reference")
+    try:
+        step = native_step(model.config, open_checkpoint(where), isa=isa)
+    except kvist.errors.NotSupported as error:
+        pytest.skip(str(error))
+    cache = make_cache(model.specs, rows=1, max_length=4, dtype=torch.float32)
+    for token in range(40):
+        full = next_token(step, cache, token, largest_only=False)
+        found = next_token(step, cache, token, largest_only=True)
+        assert largest(found).tolist() == full.argmax(-1).tolist()

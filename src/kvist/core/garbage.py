@@ -1,8 +1,8 @@
-"""Python's garbage collector, kept from going over a whole process while sequences wait.
+"""Python's garbage collector, kept from going over the whole process while sequences wait.
 
-Some full collection becomes due while requests are served, and torch and a model are hundreds of
-thousands of objects that it would look at: 0.1 s in which no step begins. Used by `LLM` and
-`AsyncLLM` while they have something to do; what is dropped meanwhile is found after.
+Every so often a full collection becomes due, and torch and a model are hundreds of thousands of
+objects that it looks at: 0.1 s in which no step begins. While requests are served it comes a
+hundredth as often; what is young is collected as ever. Used by `LLM` and `AsyncLLM`.
 """
 
 import gc
@@ -10,28 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
+RARER = 100
+
 _lock = Lock()
-_serving = 0  # how many are inside `old_objects_spared`
-_frozen_here = False
+_serving = 0  # how many are inside `rare_full_collections`
+_usual = gc.get_threshold()
 
 
 @contextmanager
-def old_objects_spared() -> Iterator[None]:
-    """Collect only among what is made inside; may be entered by several threads.
-
-    Nothing is changed for a program that keeps objects out of collections itself (`gc.freeze`).
-    """
-    global _serving, _frozen_here
+def rare_full_collections() -> Iterator[None]:
+    """While anybody is inside; several threads may be. What is due is caught up with afterwards."""
+    global _serving, _usual
     with _lock:
         _serving += 1
-        if _serving == 1 and not gc.get_freeze_count():
-            gc.freeze()
-            _frozen_here = True
+        if _serving == 1:
+            _usual = gc.get_threshold()
+            gc.set_threshold(*_rarer(_usual))
     try:
         yield
     finally:
         with _lock:
             _serving -= 1
-            if _serving == 0 and _frozen_here:
-                gc.unfreeze()
-                _frozen_here = False
+            # Whoever has set other thresholds meanwhile meant it.
+            if _serving == 0 and gc.get_threshold() == _rarer(_usual):
+                gc.set_threshold(*_usual)
+
+
+def _rarer(thresholds: tuple[int, int, int]) -> tuple[int, int, int]:
+    young, middle, old = thresholds
+    return young, middle, old * RARER

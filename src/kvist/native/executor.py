@@ -88,13 +88,13 @@ class NativeStep:
         Raises:
             NotSupported: a cache or positions that it does not read; nothing was written.
         """
+        if os.getpid() != self.packed.pid:
+            raise KvistError("the native executor's threads stay behind in a fork; make it anew")
         alone = batch.num_tokens == 1 and batch.logit_rows.shape[0] == 1
         return self._run(batch, cache, screened=batch.largest_only and alone and self._can_screen())
 
     def _run(self, batch: Batch, cache: KVCache, *, screened: bool) -> Tensor:
         packed = self.packed
-        if os.getpid() != packed.pid:
-            raise KvistError("the native executor's threads stay behind in a fork; make it anew")
         rotations = batch.positions if batch.rope_positions is None else batch.rope_positions
         if rotations.dim() != 1:
             raise NotSupported("the native executor rotates by one axis of positions only")

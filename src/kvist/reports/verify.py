@@ -199,6 +199,7 @@ def _paths(
     yield "engine, cold", engine()
     yield "engine, warm", engine(rounds=2)
     yield "engine, alone in turn", _in_turn(model, prompts, params, codec)
+    yield "engine, tokens alone", _in_turn(model, prompts, bare, codec)
     yield "engine, with neighbours", _crowded(model, prompts, params, codec, rng)
     yield "engine, steps of 16 tokens", engine(max_batch_tokens=16, block_size=4)
     yield "engine, planning ahead", engine(overlap=True)

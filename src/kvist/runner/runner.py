@@ -108,9 +108,11 @@ class PagedRunner:
         """Start what first requests will, on blocks that nobody has: prompts and a decode step."""
         assert isinstance(self.step, FusedStep)
         most = min(self.pool.max_tokens, self.pool.max_blocks * self.pool.block_size)
-        for count in {min(n, most) for n in PROMPTS}:
+        # Prompts, and as much as a step takes of one that goes on behind its first block.
+        cached = min(self.pool.block_size, most - 1)
+        for count, start in {(min(n, most), 0) for n in PROMPTS} | {(most - cached, cached)}:
             batch = Batch.pack(
-                [[0] * count], [0], device=self.pool.device, slots=[self.pool.null_slot]
+                [[0] * count], [start], device=self.pool.device, slots=[self.pool.null_slot]
             )
             binding = self.pool.bind(batch, backend=self.backend)
             self.sampler.rehearse(self.step.rehearse(batch, binding).float())

@@ -18,6 +18,7 @@ class StepFunction(Protocol):
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """`[R, vocab]` float32, the logits of `batch.logit_rows`.
 
+        With `batch.largest_only` they may be NaN, if `runner.greedy` knows where the largest is.
         Writes the batch's keys and values through `cache`; the caller commits afterwards.
         """
 

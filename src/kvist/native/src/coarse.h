@@ -76,8 +76,9 @@ struct Gaps {
     }
 };
 
-// Sums of floats are off by less than 2^-24 of their terms' sizes for each term; no weight is larger
-// than 128 d. Roots and these sums are rounded themselves, by far less than a thousandth.
+// Sums of floats are off by less than 2^-24 of their terms' sizes for each term added. Terms are a weight,
+// no more than 128 d (1 + 2^-9) once rounded, times x; of the coarse product up to 248 d, in few sums a
+// block. Twice 2^-24 and 64 terms more are for that; roots and these sums are off by less than a thousandth.
 inline float bound_of(float apart, float size, int columns) {
     const float rounding = (float)(columns + 64) * 0x1p-23f;
     return (__builtin_sqrtf(apart) + rounding * __builtin_sqrtf(size)) * 1.001f + 1e-30f;
@@ -113,7 +114,7 @@ inline float bound_of(float apart, float size, int columns) {
         for (int r = 0; r < LANES && tiles; r++) apart[r] = sum(rows[r].apart), size[r] = sum(rows[r].size);
         for (int r = 0; r < LANES; r++) {
             bounds[g * LANES + r] = bound_of(apart[r], size[r], full.columns);
-            if (!(size[r] <= most)) most = size[r];
+            most = size[r] > most ? size[r] : most;
         }
     }
     return __builtin_sqrtf(most);

@@ -97,7 +97,7 @@ Screen::Query Screen::query(const Activations& x, uint8_t* scratch) const {
             finite &= std::fabs(values[i]) < HUGE_VALF;
         }
         // A block that is not finite makes products that are none, and then all rows are read in full.
-        const float step = finite ? most / 32512.f : NAN, inverse = step > 0.f ? 1.f / step : 0.f;
+        const float step = finite ? most / 32512.f : NAN, inverse = step > 1e-30f ? 1.f / step : 0.f;
         int32_t total = 0;
         for (int i = 0; i < BLOCK; i++) {
             const int at = b * BLOCK + i;
@@ -116,6 +116,18 @@ Screen::Query Screen::query(const Activations& x, uint8_t* scratch) const {
     return {{high, low, scale, offset},
             (float)(std::sqrt(squares) * UP),
             (float)(std::sqrt(lost) * largest_ * UP)};
+}
+
+void Screen::judge(int64_t groups_read) {
+    if (pause_ > 0) {
+        pause_--;
+        return;
+    }
+    // A share of the head is saved, and groups here and there are read more slowly than in a row.
+    tries_ = groups_read * 4 > head_.groups ? tries_ + 1 : std::max(tries_ - 1, 0);
+    if (tries_ < 8) return;
+    pause_ = 256;
+    tries_ = 4;
 }
 
 void Screen::learn(const Activations& x) {

@@ -25,8 +25,8 @@ class Screen {
     // Makes the copy; throws where there is no memory for it.
     Screen(Pool& pool, const Kernels& kernels, const Matrix& head);
 
-    // Whether rows have their bounds: once `learn` has seen a token.
-    bool ready() const { return seen_ > 0; }
+    // Whether rows have their bounds, once `learn` has seen a token, and it pays to look at them.
+    bool ready() const { return seen_ > 0 && pause_ == 0; }
     const Matrix& coarse() const { return coarse_; }
     // Room for a row of logits.
     float* logits() const { return logits_; }
@@ -42,6 +42,8 @@ class Screen {
     // What a row's coarse product may be off by, for a length of one.
     const float* bounds() const { return bounds_; }
     void learn(const Activations& x);
+    // How many groups of the head a step has read in full: where most are, all are for a while.
+    void judge(int64_t groups_read);
 
   private:
     Pool& pool_;
@@ -54,6 +56,7 @@ class Screen {
     std::vector<float> squares_;  // sums over what was seen
     float largest_ = 0;           // a row's |128 d sqrt(p)|
     int64_t seen_ = 0;
+    int tries_ = 0, pause_ = 0;  // steps that did not pay, more than did; steps to go without
 };
 
 }  // namespace kvist

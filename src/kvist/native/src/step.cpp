@@ -88,6 +88,12 @@ class Pass {
         }
     }
 
+    int64_t groups_read() const {
+        int64_t all = 0;
+        for (const Turn& turn : turns_) all += turn.groups_read;
+        return all;
+    }
+
     void work(int t) {
         turns_[t].value = 0;
         begin(t);
@@ -530,6 +536,7 @@ class Pass {
         const Share own = mine(m.head.groups, t);
         Best& best = best_[t];
         auto read = [&](int64_t g) {
+            turns_[t].groups_read++;
             linear(m.head, {g, g + 1}, from, {0, 1}, logits_, 0, false, t);
             best.meet(k, logits_, g * LANES, std::min<int64_t>(LANES, s.vocab - g * LANES));
         };
@@ -574,6 +581,7 @@ class Pass {
     std::vector<std::atomic<int64_t>> dealt_;
     struct alignas(64) Turn {
         int value = 0;
+        int64_t groups_read = 0;  // of the head, after its coarse copy
     };
     std::vector<Turn> turns_;
 };
@@ -595,7 +603,9 @@ void run_step(Model& model, Workspace& space, const StepInput& input) {
         model.pool.run([](void* p, int t) { ((Pass*)p)->work(t); }, &pass,
                        input.tokens <= FEW_ROWS);
         pass.find_largest();
-        if (!input.logits) model.screen->learn(space.own[0]);
+        if (input.logits) continue;
+        model.screen->judge(pass.groups_read());
+        model.screen->learn(space.own[0]);
     }
 }
 
