@@ -105,10 +105,19 @@ def verify(
             for prompt in prompts
         ]
         label = "" if lossless else f"{name}: "
-        for path, run in _paths(model, prompts, params, name, lossless, attention, rng):
+        exact = model.executor == "deterministic"
+        # Whoever wants tokens alone may be served without most of the logits.
+        bare = replace(params, logprobs=None)
+        alone = [
+            generate(model, [prompt], bare, codec=name, attention=attention)[0]
+            for prompt in prompts
+        ]
+        yield replace(compare(f"{label}tokens alone", expected, alone), exact=exact)
+        for path, run in _paths(model, prompts, params, name, lossless, rng):
             results, note = run()
-            check = compare(label + path, expected, results, note)
-            yield replace(check, exact=model.executor == "deterministic")
+            yield replace(compare(label + path, expected, results, note), exact=exact)
+        whole, alone = (_in_turn(model, prompts, p, name)()[0] for p in (params, bare))
+        yield replace(compare(f"{label}engine, tokens alone", whole, alone), exact=exact)
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,6 @@ def _paths(
     params: SamplingParams,
     codec: str,
     lossless: bool,
-    attention: str,
     rng: random.Random,
 ) -> Iterator[tuple[str, Run]]:
     """(what is done differently, how); lossy codecs take the ways that matter for the cache."""
@@ -169,15 +177,6 @@ def _paths(
     def loop(**options: Any) -> Run:
         return lambda: (generate(model, prompts, params, codec=codec, **options), "")
 
-    # Whoever wants tokens alone may be served without most of the logits.
-    bare = replace(params, logprobs=None)
-    yield (
-        "tokens alone",
-        lambda: (
-            [generate(model, [p], bare, codec=codec, attention=attention)[0] for p in prompts],
-            "",
-        ),
-    )
     for layout in LAYOUTS:
         yield f"{layout} cache, one batch", loop(cache=layout)
     for chunk in (1, 7, 64):
@@ -199,7 +198,6 @@ def _paths(
     yield "engine, cold", engine()
     yield "engine, warm", engine(rounds=2)
     yield "engine, alone in turn", _in_turn(model, prompts, params, codec)
-    yield "engine, tokens alone", _in_turn(model, prompts, bare, codec)
     yield "engine, with neighbours", _crowded(model, prompts, params, codec, rng)
     yield "engine, steps of 16 tokens", engine(max_batch_tokens=16, block_size=4)
     yield "engine, planning ahead", engine(overlap=True)
