@@ -183,10 +183,9 @@ def decode(
         else:
             cache.reset()
             new = [[*s.sequence.prompt_ids, *s.sequence.output_ids] for s in running]
-        if any(guesses):
-            _, logits = forward(running, new, "all")
-        else:
-            _, logits = forward(running, new, "last", largest_only=all(map(_likeliest, running)))
+        wanted: LogitRows = "all" if any(guesses) else "last"
+        plain = wanted == "last" and all(map(_likeliest, running))
+        _, logits = forward(running, new, wanted, largest_only=plain)
         steps += 1
 
 

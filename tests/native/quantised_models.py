@@ -1,16 +1,23 @@
 """Tiny quantised GGUF files, and the model's own forward with activations rounded as kernels do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import kvist
+from kvist.errors import NotSupported
+from kvist.loading.checkpoint import Checkpoint
+from kvist.models.config import DecoderConfig
+from kvist.native import native_step
+from kvist.native.executor import NativeStep
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,26 @@ def write_gguf(path: Path, shape: TinyShape, quantisation: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def change_head(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """Rewrite a file's embedding, its head too: `change` takes and gives `[vocab, row bytes]`."""
+    head = next(t for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight")
+    begin, rows = head.data_offset, change(np.array(head.data))
+    data = bytearray(path.read_bytes())
+    data[begin : begin + rows.nbytes] = rows.tobytes()
+    path.write_bytes(data)
+    return path
+
+
+def step_or_skip(config: DecoderConfig, checkpoint: Checkpoint, **options: Any) -> NativeStep:
+    """`native_step`; skips where this processor has not what is asked for."""
+    try:
+        return native_step(config, checkpoint, **options)
+    except NotSupported as error:
+        if "this processor" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def round_activations(x: Tensor) -> Tensor:

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quantised_models import rounding
+from quantised_models import rounding, step_or_skip
 from torch import Tensor
 
 import kvist
 from kvist.cache import Batch, make_cache
 from kvist.cache.codecs import make_codec
 from kvist.errors import NotSupported, RequestError
-from kvist.native import native_step
 from kvist.native.executor import NativeStep
 from kvist.runner.greedy import finite_rows
 from kvist.runner.step import StepFunction, model_step
@@ -25,12 +24,7 @@ Opened = Callable[..., tuple[kvist.Model, object]]
 def make_step(opened: Opened, *model: str, **options: object) -> NativeStep:
     """A step for this model; skips where the processor has not what is asked for."""
     loaded, checkpoint = opened(*model)
-    try:
-        return native_step(loaded.config, checkpoint, **options)  # type: ignore[arg-type]
-    except NotSupported as error:
-        if "this processor" in str(error):
-            pytest.skip(str(error))
-        raise
+    return step_or_skip(loaded.config, checkpoint, **options)
 
 
 def logits_of(

@@ -9,13 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from quantised_models import LLAMA, write_gguf
+from quantised_models import LLAMA, change_head, step_or_skip, write_gguf
 from torch import Tensor
 
 import kvist
 from kvist.cache import Batch, Cache, make_cache
 from kvist.loading.checkpoint import open_checkpoint
-from kvist.native import native_step
 from kvist.native.executor import NativeStep
 from kvist.native.library import library
 from kvist.runner.greedy import all_finite, largest
@@ -99,10 +98,7 @@ def model(path: Path) -> kvist.Model:
 @pytest.fixture
 def make_step(path: Path, model: kvist.Model) -> Callable[..., NativeStep]:
     def make(isa: str, **options: int) -> NativeStep:
-        try:
-            return native_step(model.config, open_checkpoint(path), isa=isa, **options)
-        except kvist.errors.NotSupported as error:
-            pytest.skip(str(error))
+        return step_or_skip(model.config, open_checkpoint(path), isa=isa, **options)
 
     return make
 
@@ -150,21 +146,9 @@ def test_other_steps_leave_nothing_out(
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_first_of_equal_logits_is_taken(tmp_path: Path, isa: str) -> None:
     where = write_gguf(tmp_path / "equal.gguf", replace(LLAMA, vocab=VOCAB), "Q8_0")
-    data = bytearray(where.read_bytes())
-    reader = gguf.GGUFReader(where)
-    head = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    row = head.n_bytes // VOCAB
-    for i in range(VOCAB):  # only 7 kinds of rows
-        source = head.data_offset + i % 7 * row
-        to = head.data_offset + i * row
-        data[to : to + row] = data[source : source + row]
-    del reader
-    where.write_bytes(data)
+    change_head(where, lambda rows: rows[np.arange(VOCAB) % 7])  # only 7 kinds
     model = kvist.load(where, executor="reference")
-    try:
-        step = native_step(model.config, open_checkpoint(where), isa=isa)
-    except kvist.errors.NotSupported as error:
-        pytest.skip(str(error))
+    step = step_or_skip(model.config, open_checkpoint(where), isa=isa)
     cache = make_cache(model.specs, rows=1, max_length=4, dtype=torch.float32)
     with torch.inference_mode():
         for token in range(20):
@@ -216,20 +200,17 @@ def test_tokens_stay_the_same_where_screening_is_given_up(tmp_path: Path, isa: s
     """Rows that hardly differ leave all of them in doubt."""
     shape = replace(LLAMA, vocab=800)
     where = write_gguf(tmp_path / "alike.gguf", shape, "Q8_0")
-    data = bytearray(where.read_bytes())
-    reader = gguf.GGUFReader(where)
-    head = next(t for t in reader.tensors if t.name == "token_embd.weight")
-    begin, row = head.data_offset, head.n_bytes // shape.vocab
-    del reader
-    for i in range(1, shape.vocab):  # the first row, but for one number
-        data[begin + i * row : begin + (i + 1) * row] = data[begin : begin + row]
-        data[begin + i * row + 2 + i % 32] ^= 1
-    where.write_bytes(data)
+
+    def alike(rows: np.ndarray) -> np.ndarray:
+        """The first row, but for one number."""
+        first = np.repeat(rows[:1], len(rows), axis=0)
+        for i in range(1, len(rows)):
+            first[i, 2 + i % 32] ^= 1
+        return first
+
+    change_head(where, alike)
     model = kvist.load(where, executor="reference")
-    try:
-        step = native_step(model.config, open_checkpoint(where), isa=isa)
-    except kvist.errors.NotSupported as error:
-        pytest.skip(str(error))
+    step = step_or_skip(model.config, open_checkpoint(where), isa=isa)
     cache = make_cache(model.specs, rows=1, max_length=4, dtype=torch.float32)
     for token in range(40):
         full = next_token(step, cache, token, largest_only=False)

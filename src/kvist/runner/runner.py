@@ -156,19 +156,22 @@ class PagedRunner:
         Or, where a recording samples, a token of each row.
         """
         kind: Kind = "logits"
+        simple = all(map(self._is_simple, rows))
         if self._graphs is not None:
-            if all(map(self._is_simple, rows)):
+            if simple:
                 kind = self._graphs.uploads.kind_of(rows)
             if self._graphs.fits(rows):
                 out, asked = self._graphs.run(rows, kind), len(rows) if kind == "logits" else 0
                 return out, kind, [range(0)] * asked, [range(i, i + 1) for i in range(asked)]
-        batch, targets, samples = self._batch(rows)
+        batch, targets, samples = self._batch(rows, simple=simple)
         if self._prompt_graphs is not None and self._prompt_graphs.takes(batch, kind):
             return self._prompt_graphs.run(batch, rows, kind), kind, targets, samples
         logits = self.step(batch, self.pool.bind(batch, backend=self.backend))
         return logits, "logits", targets, samples
 
-    def _batch(self, rows: Sequence[PlanRow]) -> tuple[Batch, list[range], list[range]]:
+    def _batch(
+        self, rows: Sequence[PlanRow], *, simple: bool
+    ) -> tuple[Batch, list[range], list[range]]:
         """The step's tensors, and which rows of logits are each row's targets and samples.
 
         Targets are what the prompt's log-probabilities need, and of a row that samples nothing its
@@ -194,9 +197,7 @@ class PagedRunner:
             device=self.pool.device,
             slots=[row.slot for row in rows],
             logits=spans,
-            largest_only=all(
-                self._is_simple(row) and not (row.uniforms or row.num_drafts) for row in rows
-            ),
+            largest_only=simple and not any(row.uniforms or row.num_drafts for row in rows),
         )
         if any(row.tokens[0] == LAST_SAMPLED for row in rows):
             slots = int_tensor([row.slot for row in rows for _ in row.tokens], self.pool.device)

@@ -15,7 +15,7 @@ namespace {
 using namespace kvist;
 
 [[maybe_unused]] void coarse_products(const Matrix& coarse, int begin, int end, const CoarseRow& x, float* y) {
-    const __m512i nibble = _mm512_set1_epi8(15), highest = _mm512_set1_epi8(16);
+    const __m512i highest = _mm512_set1_epi8(16);
     const int blocks = coarse.columns / BLOCK;
     for (int g = begin; g < end; g++) {
         const uint8_t* w = coarse.data + g * coarse.stride;
@@ -27,26 +27,20 @@ using namespace kvist;
                 prefetch(w + AHEAD / 4 + i);
             }
             const int8_t *high = x.high + b * BLOCK, *low = x.low + b * BLOCK;
-            __m512i sums[4] = {};  // of the upper and the lower bytes of x, two of each
+            // Sums with the upper and the lower bytes of x, of inputs at even and at odd j.
+            Ints upper[2] = {splat_int(0), splat_int(0)}, lower[2] = {splat_int(0), splat_int(0)};
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
-                const __m512i both = _mm512_loadu_si512(w + 64 * (j % 4));
-                const __m512i lower =
-                    _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), nibble);
+                const Bytes both = load_bytes(w + 64 * (j % 4));
+                const Bytes nibbles = j < 4 ? low_nibbles(both) : high_nibbles(both);
                 uint64_t bits;
-                __builtin_memcpy(&bits, w + 256 + 8 * j, 8);
-                const __m512i codes = _mm512_mask_add_epi8(lower, bits, lower, highest);
-                int32_t upper_x, lower_x;
-                __builtin_memcpy(&upper_x, high + 4 * j, 4);
-                __builtin_memcpy(&lower_x, low + 4 * j, 4);
-                sums[j % 2] = _mm512_dpbusd_epi32(sums[j % 2], codes, _mm512_set1_epi32(upper_x));
-                sums[2 + j % 2] =
-                    _mm512_dpbusd_epi32(sums[2 + j % 2], codes, _mm512_set1_epi32(lower_x));
+                memcpy(&bits, w + 256 + 8 * j, 8);
+                const Bytes codes{_mm512_mask_add_epi8(nibbles.v, bits, nibbles.v, highest)};
+                upper[j % 2] = dot(upper[j % 2], codes, high + 4 * j);
+                lower[j % 2] = dot(lower[j % 2], codes, low + 4 * j);
             }
-            const __m512i whole =
-                _mm512_add_epi32(_mm512_slli_epi32(_mm512_add_epi32(sums[0], sums[1]), 8),
-                                 _mm512_add_epi32(sums[2], sums[3]));
-            const Floats part = fma(Floats{_mm512_cvtepi32_ps(whole)}, splat(x.scale[b]), splat(x.offset[b]));
+            const Ints whole = Ints{_mm512_slli_epi32((upper[0] + upper[1]).v, 8)} + (lower[0] + lower[1]);
+            const Floats part = fma(to_floats(whole), splat(x.scale[b]), splat(x.offset[b]));
             total = fma(load_half(w + 320), part, total);
         }
         store(y + (int64_t)g * LANES, total);

@@ -110,34 +110,6 @@ void pack_floats(uint8_t* to, const uint8_t* const* rows, int columns, Stored ty
     }
 }
 
-struct Packing {
-    const Pool* pool;
-    bool tiles;
-    const Matrix* matrix;
-    Stored type;
-    const uint8_t* rows;
-    int32_t count;
-};
-
-void pack_share(void* context, int thread) {
-    const Packing& packing = *(const Packing*)context;
-    const Matrix& matrix = *packing.matrix;
-    const int threads = packing.pool->active(), blocks = matrix.columns / BLOCK;
-    const int64_t row_bytes = stored_row_bytes(packing.type, matrix.columns);
-    const int end = matrix.groups * (thread + 1) / threads;
-    for (int g = matrix.groups * thread / threads; g < end; g++) {
-        const uint8_t* rows[LANES];
-        for (int r = 0; r < LANES; r++) {
-            const int64_t row = (int64_t)g * LANES + r;
-            rows[r] = row < packing.count ? packing.rows + row * row_bytes : nullptr;
-        }
-        uint8_t* to = (uint8_t*)matrix.data + g * matrix.stride;
-        if (in_floats(matrix.kind)) pack_floats(to, rows, matrix.columns, packing.type);
-        else if (packing.type == STORED_Q8_0) pack_q8(to, rows, blocks, packing.tiles);
-        else pack_q4(to, rows, blocks, packing.type == STORED_Q4_1, packing.tiles);
-    }
-}
-
 int32_t groups_of(int32_t rows) { return (rows + LANES - 1) / LANES; }
 
 int64_t group_bytes(Kind kind, int32_t columns) {
@@ -246,9 +218,21 @@ void Model::lay_out(const int32_t* kinds, int32_t head_kind) {
 
 void pack(Pool& pool, bool tiles, const Matrix& matrix, Stored type, const uint8_t* data,
           int32_t count) {
-    Packing packing{&pool, tiles, &matrix, type, data, count};
-    pool.choose();
-    pool.run(pack_share, &packing);
+    const int blocks = matrix.columns / BLOCK;
+    const int64_t row_bytes = stored_row_bytes(type, matrix.columns);
+    pool.divide(matrix.groups, [&](int, int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; g++) {
+            const uint8_t* rows[LANES];
+            for (int r = 0; r < LANES; r++) {
+                const int64_t row = g * LANES + r;
+                rows[r] = row < count ? data + row * row_bytes : nullptr;
+            }
+            uint8_t* to = (uint8_t*)matrix.data + g * matrix.stride;
+            if (in_floats(matrix.kind)) pack_floats(to, rows, matrix.columns, type);
+            else if (type == STORED_Q8_0) pack_q8(to, rows, blocks, tiles);
+            else pack_q4(to, rows, blocks, type == STORED_Q4_1, tiles);
+        }
+    });
 }
 
 }  // namespace kvist

@@ -33,6 +33,22 @@ class Pool {
     int choose();
     // Run job(context, t) on every thread t < active(); the caller is thread 0.
     void run(void (*job)(void*, int), void* context, bool bind = false);
+    // Run work(thread, begin, end) on every thread's part of n equal pieces.
+    template <typename Work> void divide(int64_t n, Work work) {
+        struct Job {
+            Pool& pool;
+            int64_t n;
+            Work& work;
+        } job{*this, n, work};
+        choose();
+        run(
+            [](void* context, int t) {
+                const Job& job = *(const Job*)context;
+                const int64_t threads = job.pool.active();
+                job.work(t, job.n * t / threads, job.n * (t + 1) / threads);
+            },
+            &job);
+    }
     // All threads have come this far, and see what the others wrote.
     void barrier(int thread);
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "model.h"
+#include "simd.h"
 
 namespace kvist {
 namespace {
@@ -38,27 +39,7 @@ void coarsen(const uint8_t* from, bool tiles, uint8_t* to) {
 // The first row of activations, as numbers.
 float value_of(const Activations& x, int column) {
     if (!x.tiles) return x.q[column] * x.scale[x.block_at(0, column / BLOCK)];
-    const uint32_t bits = (uint32_t)x.tiles[column] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-// A job on every thread's part of the groups.
-template <typename Work> void on_groups(Pool& pool, int32_t groups, Work work) {
-    struct Job {
-        Pool& pool;
-        int64_t groups;
-        Work& work;
-    } job{pool, groups, work};
-    pool.choose();
-    pool.run(
-        [](void* context, int t) {
-            const Job& job = *(const Job*)context;
-            const int64_t threads = job.pool.active();
-            job.work(t, (int)(job.groups * t / threads), (int)(job.groups * (t + 1) / threads));
-        },
-        &job);
+    return bits_to_float((uint32_t)x.tiles[column] << 16);
 }
 
 }  // namespace
@@ -75,8 +56,8 @@ Screen::Screen(Pool& pool, const Kernels& kernels, const Matrix& head)
     coarse_.data = to;
     bounds_ = (float*)memory_->take(rows * 4);
     logits_ = (float*)memory_->take(rows * 4);
-    on_groups(pool, head.groups, [&](int, int begin, int end) {
-        for (int g = begin; g < end; g++)
+    pool.divide(head.groups, [&](int, int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; g++)
             for (int b = 0; b < blocks; b++)
                 coarsen(head_.data + g * head_.stride + b * Q8_BLOCK, k_.tiles,
                         to + g * coarse_.stride + b * COARSE_BLOCK);
@@ -146,8 +127,8 @@ void Screen::learn(const Activations& x) {
         p[i] = std::sqrt(squares_[i] + 0.01f * (float)mean) + 1e-10f;
         inverse_[i] = 1.f / p[i];
     }
-    on_groups(pool_, head_.groups, [&](int t, int begin, int end) {
-        largest[t] = k_.bound(head_, k_.tiles, begin, end, p.data(), bounds_);
+    pool_.divide(head_.groups, [&](int t, int64_t begin, int64_t end) {
+        largest[t] = k_.bound(head_, k_.tiles, (int)begin, (int)end, p.data(), bounds_);
     });
     largest_ = *std::max_element(largest.begin(), largest.end());
 }
